@@ -1,0 +1,51 @@
+"""What a model is fed: a batch of one kind, as tensors.
+
+Shape suffixes: B batch · P patches · T text tokens · H, W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # target of a position that is not predicted
+
+
+@dataclass
+class Batch:
+    """Samples of one kind. Image fields are None for texts, text fields are None for images.
+
+    image_BCHW: uint8. patch_mask_BP: True where the patch is hidden and must be predicted. codes_BP: precomputed
+    visual codes, when the data carries them. text_BT: token ids, hidden ones already replaced by the mask token.
+    valid_BT: True at real tokens, False at padding. target_BT: the true id where a token is hidden, IGNORE elsewhere.
+    keys: one per sample. patch_factors, token_factors: factor name -> value in words per patch / token, one list per
+    sample; empty unless asked for.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    image_BCHW: Tensor | None = None
+    patch_mask_BP: Tensor | None = None
+    codes_BP: Tensor | None = None
+    text_BT: Tensor | None = None
+    valid_BT: Tensor | None = None
+    target_BT: Tensor | None = None
+    patch_factors: list[dict[str, list[str]]] = field(default_factory=list)
+    token_factors: list[dict[str, list[str]]] = field(default_factory=list)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> Batch:
+        moved = {
+            f.name: v.to(device, non_blocking=non_blocking) if isinstance(v := getattr(self, f.name), Tensor) else v
+            for f in fields(self)
+        }
+        return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        pinned = {
+            f.name: v.pin_memory() if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)
+        }
+        return Batch(**pinned)
+
+    def __len__(self) -> int:
+        return len(self.keys)

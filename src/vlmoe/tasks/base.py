@@ -1,0 +1,47 @@
+"""The contract between a task and the training loop.
+
+A task is an `nn.Module` that owns backbone and heads. The loop knows nothing else of it: it feeds `Step.batches`, takes
+the gradient of `StepOutput.loss` and logs the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vlmoe.data.batch import Batch
+
+
+@dataclass
+class StepOutput:
+    """What a task returns for one micro-batch.
+
+    loss: scalar with gradient. metrics: name -> detached scalar, averaged over micro-batches by the loop.
+    load: "block/modality" -> (E,) detached count of assignments to each expert, summed over micro-batches.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    load: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Task(nn.Module):
+    def forward(self, batches: dict[str, Batch]) -> StepOutput:
+        """Losses of one micro-batch. batches: "image", "text", "pair" -> Batch, those the recipe asks for."""
+        raise NotImplementedError
+
+    def tokens(self, batches: dict[str, Batch]) -> int:
+        """Tokens the backbone processes for these batches, padding not counted; for throughput."""
+        raise NotImplementedError
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+        """AdamW groups: matrices decay; vectors (biases, norms) and embeddings of position do not."""
+        decay = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
+        rest = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+    @torch.no_grad()
+    def prepare(self, device: torch.device) -> None:
+        """Called once, after the module moved to `device` and before the first step."""
