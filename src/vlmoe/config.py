@@ -17,7 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
-class RecipeError(ValueError):
+class UserError(ValueError):
+    """Something a user can put right; the command line prints it as one line. Every error meant for users is one."""
+
+
+class RecipeError(UserError):
     """A recipe that cannot be used; the message names the key and what was expected."""
 
 

@@ -1,0 +1,134 @@
+"""Completions in words beside the picture they belong to: for the terminal and as one PNG."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.data.text_tokenizer import TextTokenizer
+from vlmoe.evaluate.masked import fill_in
+from vlmoe.tasks.pretrain import MaskedDataModelling
+
+HIDDEN = "____"
+RIGHT, WRONG, PLAIN = "#0072B2", "#D55E00", "#222222"  # Okabe-Ito: told apart by colour-blind readers too
+
+
+@dataclass
+class Word:
+    """A token as text, with the completion where it was hidden."""
+
+    truth: str
+    hidden: bool
+    seen: str = ""  # filled in with the image
+    blind: str = ""  # filled in without
+
+
+@dataclass
+class Completion:
+    key: str
+    image: np.ndarray  # uint8 (H, W, 3)
+    shown: np.ndarray  # the image with hidden patches greyed, as in training
+    restored: np.ndarray | None  # hidden patches replaced by what the model predicts, where codes can be decoded
+    words: list[Word]
+
+    def line(self, view: str) -> str:
+        """`shown`, `truth`, `seen` or `blind`, as one line; completions stand in brackets."""
+        if view in {"shown", "truth"}:
+            return " ".join(HIDDEN if w.hidden and view == "shown" else w.truth for w in self.words)
+        return " ".join(f"[{getattr(w, view)}]" if w.hidden else w.truth for w in self.words)
+
+
+@torch.no_grad()
+def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch, count: int) -> list[Completion]:
+    """The first `count` pairs of a held-out batch, completed with and without their image."""
+    assert batch.image_BCHW is not None and batch.text_BT is not None
+    assert batch.target_BT is not None and batch.valid_BT is not None and batch.patch_mask_BP is not None
+    was_training = model.training
+    model.eval()
+    seen_BT, blind_BT = fill_in(model, batch, "seen"), fill_in(model, batch, "blind")
+    guess_BP = model.image_head(model.run(batch).features("vision")[:, 1:]).argmax(dim=-1)
+    model.train(was_training)
+    assert model.visual_tokenizer is not None
+    restored = model.visual_tokenizer.decode(guess_BP)
+    special = {tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id}
+    completions = []
+    for b in range(min(count, len(batch))):
+        words = []
+        for t in range(batch.text_BT.shape[1]):
+            hidden = int(batch.target_BT[b, t]) != IGNORE
+            truth = int(batch.target_BT[b, t]) if hidden else int(batch.text_BT[b, t])
+            if not batch.valid_BT[b, t] or truth in special:
+                continue
+            guesses = (tokenizer.decode([int(x[b, t])]) for x in (seen_BT, blind_BT)) if hidden else ("", "")
+            words.append(Word(tokenizer.decode([truth]), hidden, *guesses))
+        image = batch.image_BCHW[b].permute(1, 2, 0).cpu().numpy()
+        mask = _pixels(batch.patch_mask_BP[b].cpu().numpy(), image.shape[0])[..., None]
+        filled = None if restored is None else np.where(mask, restored[b].permute(1, 2, 0).cpu().numpy(), image)
+        completions.append(
+            Completion(batch.keys[b], image, np.where(mask, np.uint8(128), image).astype(np.uint8), filled, words)
+        )
+    return completions
+
+
+def _pixels(mask_P: np.ndarray, size: int) -> np.ndarray:
+    """A patch mask stretched over the pixels of a square image."""
+    side = int(len(mask_P) ** 0.5)
+    return np.kron(mask_P.reshape(side, side), np.ones((size // side, size // side), dtype=bool)).astype(bool)
+
+
+def draw(completions: list[Completion], path: Path) -> None:
+    """One row a completion: the picture, the picture with patches hidden and restored, and the sentences."""
+    from matplotlib import pyplot as plt  # slow to import, needed here alone
+
+    rows = len(completions)
+    figure, axes = plt.subplots(
+        rows, 4, figsize=(14, 1.55 * rows + 0.5), gridspec_kw={"width_ratios": [1, 1, 1, 7]}, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for title, axis in zip(("image", "patches hidden", "restored", ""), axes[0], strict=True):
+        axis.set_title(title, fontsize=10)
+    for row, item in zip(axes, completions, strict=True):
+        for axis, image in zip(row, (item.image, item.shown, item.restored), strict=False):
+            axis.set_axis_off()
+            if image is not None:
+                axis.imshow(image, interpolation="nearest")
+        row[3].set_axis_off()
+        row[3].set_xlim(0, 1)
+        row[3].set_ylim(0, 1)
+    figure.canvas.draw()
+    for row, item in zip(axes, completions, strict=True):
+        y = 0.97
+        y = _write(row[3], y, "shown", [(HIDDEN if w.hidden else w.truth, PLAIN) for w in item.words])
+        for label, view in (("with image", "seen"), ("without", "blind")):
+            pieces = [
+                (getattr(w, view) or "·", RIGHT if getattr(w, view) == w.truth else WRONG)
+                if w.hidden
+                else (w.truth, PLAIN)
+                for w in item.words
+            ]
+            y = _write(row[3], y, label, pieces, bold=True)
+    figure.suptitle("Held-out scenes. Filled-in words: blue right, vermilion wrong.", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _write(axis, y: float, label: str, pieces: list[tuple[str, str]], bold: bool = False) -> float:  # type: ignore[no-untyped-def]
+    """Write words of several colours from height y on, wrapping at the right edge; returns the next free height."""
+    renderer = axis.figure.canvas.get_renderer()
+    inverse = axis.transData.inverted()
+    axis.text(0.0, y, label, fontsize=8.5, color="#777777", va="top")
+    x, left, height = 0.1, 0.1, 0.155
+    for text, color in pieces:
+        weight = "bold" if bold and color != PLAIN else "normal"
+        piece = axis.text(x, y, text, fontsize=9, color=color, va="top", weight=weight, parse_math=False)
+        right = inverse.transform(piece.get_window_extent(renderer))[1][0]
+        if right > 1 and x > left:
+            x, y, shift = left, y - height, right - x
+            piece.set_position((x, y))
+            right = x + shift
+        x = right + 0.008
+    return y - height - 0.02

@@ -1,0 +1,162 @@
+"""Held-out masked prediction: what a pre-trained model fills in, with the image, without it and with a wrong one.
+
+Shape suffixes: B batch · P patches · T text tokens · M hidden positions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.tasks.pretrain import MaskedDataModelling, summarise_routing
+
+VIEWS = ("seen", "blind", "swapped")
+RESAMPLES = 1000
+
+
+@dataclass
+class Tally:
+    """Right answers and questions, sample by sample, so that an interval can be drawn over samples."""
+
+    right: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+
+    def add(self, right: int, asked: int) -> None:
+        if asked:
+            self.right.append(right)
+            self.asked.append(asked)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / max(sum(self.asked), 1)
+
+    def summary(self) -> dict[str, float | int | list[float]]:
+        """Accuracy, its 95% bootstrap interval over samples (fixed resampling seed) and the number of predictions."""
+        right, asked = np.array(self.right), np.array(self.asked)
+        if not len(asked):
+            return {"accuracy": float("nan"), "interval": [float("nan")] * 2, "predictions": 0}
+        pick = np.random.default_rng(0).integers(len(asked), size=(RESAMPLES, len(asked)))
+        low, high = np.quantile(right[pick].sum(1) / asked[pick].sum(1), [0.025, 0.975])
+        return {"accuracy": self.accuracy, "interval": [float(low), float(high)], "predictions": int(asked.sum())}
+
+
+def view_of(batch: Batch, view: str) -> Batch:
+    """The batch as one of VIEWS: with its own images, with none, or with those of the next sample."""
+    if view == "blind":
+        return replace(batch, image_BCHW=None, patch_mask_BP=None, codes_BP=None)
+    if view == "swapped":
+        assert batch.image_BCHW is not None
+        return replace(batch, image_BCHW=batch.image_BCHW.roll(1, dims=0))
+    return batch
+
+
+@torch.no_grad()
+def fill_in(model: MaskedDataModelling, batch: Batch, view: str = "seen") -> Tensor:
+    """text_BT with every hidden token replaced by the model's first choice; images are shown whole."""
+    assert batch.text_BT is not None and batch.target_BT is not None
+    hidden_BT = batch.target_BT != IGNORE
+    x_MD = model.run(view_of(batch, view), hide_patches=False).features("text")[hidden_BT]
+    filled_BT = batch.text_BT.clone()
+    filled_BT[hidden_BT] = model.text_logits(x_MD).argmax(dim=-1)
+    return filled_BT
+
+
+def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, object]:
+    """Accuracy on the hidden text of pairs for each view, also by word class where the data knows it.
+
+    `gap`: accuracy with the image less the better of the two accuracies without it, in points.
+    """
+    tallies = {view: Tally() for view in VIEWS}
+    classes: dict[str, dict[str, Tally]] = {}
+    for batch in batches:
+        assert batch.target_BT is not None
+        hidden_BT = batch.target_BT != IGNORE
+        for view in VIEWS:
+            right_BT = (fill_in(model, batch, view) == batch.target_BT) & hidden_BT
+            for b, (right_T, hidden_T) in enumerate(zip(right_BT.tolist(), hidden_BT.tolist(), strict=True)):
+                tallies[view].add(sum(right_T), sum(hidden_T))
+                words = batch.token_factors[b].get("word_class", []) if batch.token_factors else []
+                asked, correct = Counter[str](), Counter[str]()
+                for word, hidden, right in zip(words, hidden_T, right_T, strict=False):
+                    if hidden and word:
+                        asked[word] += 1
+                        correct[word] += right
+                for word, n in asked.items():
+                    classes.setdefault(word, {v: Tally() for v in VIEWS})[view].add(correct[word], n)
+    without = max(tallies["blind"].accuracy, tallies["swapped"].accuracy)
+    return {
+        **{view: tally.summary() for view, tally in tallies.items()},
+        "gap": 100 * (tallies["seen"].accuracy - without),
+        "by_word_class": {
+            word: {view: tally.accuracy for view, tally in views.items()} | {"predictions": sum(views["seen"].asked)}
+            for word, views in sorted(classes.items())
+        },
+    }
+
+
+@torch.no_grad()
+def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, object]:
+    """Accuracy on the codes of hidden patches, beside the share of the most frequent code (the majority guess)."""
+    tally, codes = Tally(), Counter[int]()
+    assert model.visual_tokenizer is not None
+    for batch in batches:
+        assert batch.patch_mask_BP is not None
+        target_BP = model.visual_tokenizer.encode(batch)
+        guess_BP = model.image_head(model.run(batch).features("vision")[:, 1:]).argmax(dim=-1)
+        right_BP = (guess_BP == target_BP) & batch.patch_mask_BP
+        for right, asked in zip(right_BP.sum(1).tolist(), batch.patch_mask_BP.sum(1).tolist(), strict=True):
+            tally.add(right, asked)
+        codes.update(target_BP[batch.patch_mask_BP].tolist())
+    majority = max(codes.values()) / max(sum(codes.values()), 1)
+    return tally.summary() | {"majority": majority, "codes_in_use": len(codes)}
+
+
+@torch.no_grad()
+def expert_use(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, dict[str, object]]:
+    """"block/modality" -> share of the assignments each expert took, largest over mean load, idle experts."""
+    routed = [item for batch in batches for item in model.run(batch).stats.items()]
+    table: dict[str, dict[str, object]] = {}
+    for name, load_E in summarise_routing(routed)[2].items():
+        share_E = (load_E / load_E.sum().clamp_min(1)).cpu()
+        table[name] = {
+            "share": [round(s, 4) for s in share_E.tolist()],
+            "max_over_mean": float(share_E.max() * len(share_E)),
+            "idle": int((load_E == 0).sum()),
+        }
+    return table
+
+
+def evaluate_masked(
+    model: MaskedDataModelling,
+    batches_of: Callable[[str, str], Iterable[Batch]],
+    splits: Iterable[str],
+    kinds: Iterable[str],
+) -> dict[str, object]:
+    """All scores of a pre-trained model.
+
+    batches_of(split, kind): held-out batches on the model's device. Returns {"splits": {split: scores}, "experts": …}.
+    """
+    was_training = model.training
+    model.eval()
+    kinds = tuple(kinds)
+    try:
+        report: dict[str, dict[str, object]] = {}
+        splits = tuple(splits)
+        for split in splits:
+            scores: dict[str, object] = {}
+            if "pair" in kinds:
+                scores["text"] = text_scores(model, batches_of(split, "pair"))
+                scores["image"] = image_scores(model, batches_of(split, "pair"))
+            if "image" in kinds:
+                scores["image_alone"] = image_scores(model, batches_of(split, "image"))
+            report[split] = scores
+        experts = expert_use(model, (batch for kind in kinds for batch in batches_of(splits[0], kind)))
+    finally:
+        model.train(was_training)
+    return {"splits": report, "experts": experts}

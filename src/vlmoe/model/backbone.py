@@ -1,0 +1,87 @@
+"""The Multiway transformer of VL-MoE: embeddings, blocks and a last norm.
+
+Shape suffixes: B batch · T sequence · D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlmoe.config import ModelConfig
+from vlmoe.model.block import Block
+from vlmoe.model.embed import ImageEmbedding, TextEmbedding
+from vlmoe.model.segments import Part, Segment, join
+from vlmoe.moe import FeedForward, MoELayer, RoutingStats, replay_context_fn
+
+INIT_STD = 0.02
+
+
+@dataclass
+class BackboneOutput:
+    """x_BTD: normed features of the whole sequence. stats: "block/modality" -> how that layer routed."""
+
+    x_BTD: Tensor
+    segments: tuple[Segment, ...]
+    valid_BT: Tensor | None
+    stats: dict[str, RoutingStats]
+
+    def features(self, modality: str) -> Tensor:
+        """(B, T of that modality, D). Raises KeyError when the sequence has no such part."""
+        for segment in self.segments:
+            if segment.modality == modality:
+                return self.x_BTD[:, segment.slice]
+        raise KeyError(f"no '{modality}' in this sequence of {[s.modality for s in self.segments]}")
+
+
+class Backbone(nn.Module):
+    """`backbone([backbone.image(pixels), backbone.text(ids, valid)])`: one part or several, in that order."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ImageEmbedding(config.width, config.image_size, config.patch)
+        self.text = TextEmbedding(config.width, config.vocabulary, config.max_text)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.norm = nn.LayerNorm(config.width)
+        self.reset_parameters()
+
+    def forward(self, parts: list[Part]) -> BackboneOutput:
+        x_BTD, valid_BT, segments = join(parts)
+        stats: dict[str, RoutingStats] = {}
+        for index, block in enumerate(self.blocks):
+            if self.config.recompute and self.training and torch.is_grad_enabled():
+                x_BTD, routed = checkpoint(
+                    block, x_BTD, valid_BT, segments, use_reentrant=False, context_fn=replay_context_fn
+                )
+            else:
+                x_BTD, routed = block(x_BTD, valid_BT, segments)
+            stats |= {f"{index}/{modality}": s for modality, s in routed.items()}
+        return BackboneOutput(self.norm(x_BTD), segments, valid_BT, stats)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Truncated normal of std 0.02 for matrices, zero for biases; the last matrix of each residual branch is
+        divided by sqrt(2 * its block's number), which keeps the residual stream's size from growing with depth (BEiT).
+        """
+        for module in self.modules():
+            if isinstance(module, (MoELayer, FeedForward)):
+                module.reset_parameters()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and ".branches." not in name):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for parameter in (self.image.class_token, self.image.mask_token, self.image.position, self.text.position):
+            nn.init.trunc_normal_(parameter, std=INIT_STD)
+        for number, block in enumerate(self.blocks, start=1):
+            for name, parameter in block.named_parameters():
+                if ".out." in name or name.endswith("w2"):
+                    if name.endswith("bias"):
+                        continue
+                    parameter.div_((2.0 * number) ** 0.5)

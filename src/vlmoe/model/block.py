@@ -1,0 +1,116 @@
+"""One Multiway block: self-attention for all, then for each segment the feed-forward or mixture that serves it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vlmoe.config import ModalityConfig, ModelConfig, sparse_blocks
+from vlmoe.model.attention import SelfAttention
+from vlmoe.model.segments import Segment
+from vlmoe.moe import FeedForward, MoELayer, RoutingStats
+
+MODALITIES = ("vision", "text")
+
+
+class Branch(nn.Module):
+    """The pre-norm feed-forward side of one modality: dense, or a sparse mixture that also tells how it routed."""
+
+    def __init__(self, width: int, layer: FeedForward | MoELayer) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layer = layer
+
+    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
+        x_BTD = self.norm(x_BTD)
+        if isinstance(self.layer, MoELayer):
+            return self.layer(x_BTD, valid_BT)
+        return self.layer(x_BTD), None
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward with residuals.
+
+    `branches` holds one `Branch` per modality; `fused`, in the top blocks, is the dense VL-FFN that serves all tokens
+    of a sequence made of several modalities (VLMo: image-only and text-only sequences keep their own branch there).
+    """
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention = SelfAttention(
+            config.width,
+            config.heads,
+            modalities=MODALITIES,
+            shared=config.attention == "shared",
+            sub_ln=config.sub_ln,
+        )
+        self.branches = nn.ModuleDict(
+            {name: Branch(config.width, _layer(config, getattr(config, name), index)) for name in MODALITIES}
+        )
+        fused = index >= config.depth - config.vl_ffn
+        self.fused = Branch(config.width, _dense(config)) if fused else None
+        self.drop_path = DropPath(config.drop_path * index / max(config.depth - 1, 1))
+
+    def forward(
+        self, x_BTD: Tensor, valid_BT: Tensor | None, segments: tuple[Segment, ...]
+    ) -> tuple[Tensor, dict[str, RoutingStats]]:
+        """Returns the new x_BTD and, for each modality routed here, how it was."""
+        x_BTD = x_BTD + self.drop_path(self.attention(x_BTD, valid_BT, segments))
+        if self.fused is not None and len(segments) > 1:
+            return x_BTD + self.drop_path(self.fused(x_BTD, valid_BT)[0]), {}
+        parts, stats = [], {}
+        for segment in segments:
+            valid = None if valid_BT is None else valid_BT[:, segment.slice]
+            y, routed = self.branches[segment.modality](x_BTD[:, segment.slice], valid)
+            parts.append(y)
+            if routed is not None:
+                stats[segment.modality] = routed
+        y_BTD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return x_BTD + self.drop_path(y_BTD), stats
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training the residual of a whole sample is dropped with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x_BTD
+        keep = x_BTD.new_empty(x_BTD.shape[0], 1, 1).bernoulli_(1 - self.rate)
+        return x_BTD * keep / (1 - self.rate)
+
+
+def hidden_size(config: ModelConfig) -> int:
+    """Hidden units of a feed-forward layer or expert."""
+    return int(config.width * config.mlp_ratio)
+
+
+def _dense(config: ModelConfig) -> FeedForward:
+    return FeedForward(config.width, hidden_size(config), activation=config.activation, inner_norm=config.sub_ln)
+
+
+def _layer(config: ModelConfig, side: ModalityConfig, index: int) -> FeedForward | MoELayer:
+    if index not in sparse_blocks(side.sparse, config.depth):
+        return _dense(config)
+    router = side.router
+    return MoELayer(
+        config.width,
+        hidden_size(config),
+        side.experts,
+        k=router.k,
+        activation=config.activation,
+        inner_norm=config.sub_ln,
+        renormalize=router.renormalize,
+        noise=router.noise,
+        capacity_factor=router.capacity_factor,
+        capacity_factor_eval=router.capacity_factor_eval,
+        priority=router.priority,
+        balance=router.balance,
+        importance=router.importance,
+        load=router.load,
+        z=router.z,
+        backend=router.backend,
+    )

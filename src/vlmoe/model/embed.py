@@ -1,0 +1,69 @@
+"""From pixels and token ids to the parts of a sequence.
+
+Shape suffixes: B batch · C channels · H, W pixels · P patches · T text tokens · D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vlmoe.model.segments import Part
+
+
+def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
+    """Cut images into square patches, row by row: (B, C, H, W) -> (B, P, C * patch * patch)."""
+    B, C, H, W = image_BCHW.shape
+    x = image_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
+
+
+def to_unit(image_BCHW: Tensor) -> Tensor:
+    """uint8 pixels to [-1, 1] in float32, as BEiT and BEiT-3 feed them."""
+    return image_BCHW.float() / 127.5 - 1.0
+
+
+class ImageEmbedding(nn.Module):
+    """Patches -> linear projection, with a leading class token and learned positions. Hidden patches show the mask
+    token in their place."""
+
+    def __init__(self, width: int, image_size: int, patch: int) -> None:
+        super().__init__()
+        self.image_size, self.patch = image_size, patch
+        patches = (image_size // patch) ** 2
+        self.project = nn.Linear(3 * patch * patch, width)
+        self.class_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.position = nn.Parameter(torch.empty(1, 1 + patches, width))
+
+    def forward(self, image_BCHW: Tensor, mask_BP: Tensor | None = None) -> Part:
+        """image_BCHW: uint8 (B, 3, image_size, image_size). mask_BP: True where the patch is hidden.
+
+        Returns the part "vision" of 1 + P tokens, the class token first.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if tuple(image_BCHW.shape[1:]) != expected or image_BCHW.dtype != torch.uint8:
+            raise ValueError(
+                f"images: got {image_BCHW.dtype} {tuple(image_BCHW.shape)}, expected uint8 (B, {', '.join(map(str, expected))})"
+            )
+        x_BPD = self.project(patchify(to_unit(image_BCHW), self.patch))
+        if mask_BP is not None:
+            x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)
+        first = self.class_token.to(x_BPD.dtype).expand(x_BPD.shape[0], -1, -1)
+        return Part("vision", torch.cat([first, x_BPD], dim=1) + self.position)
+
+
+class TextEmbedding(nn.Module):
+    """Token ids -> learned embedding plus learned position."""
+
+    def __init__(self, width: int, vocabulary: int, max_text: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.empty(1, max_text, width))
+
+    def forward(self, text_BT: Tensor, valid_BT: Tensor | None = None) -> Part:
+        """text_BT: int64 ids. valid_BT: True at real tokens. Returns the part "text" of T tokens."""
+        T, longest = text_BT.shape[1], self.position.shape[1]
+        if T > longest:
+            raise ValueError(f"texts: got {T} tokens, expected at most model.max_text = {longest}")
+        return Part("text", self.tokens(text_BT) + self.position[:, :T], valid_BT)

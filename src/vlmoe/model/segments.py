@@ -1,0 +1,47 @@
+"""Modalities as data: a sequence is made of parts, and a block looks up what serves each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Where one modality stands in the sequence."""
+
+    modality: str
+    slice: slice
+
+
+@dataclass
+class Part:
+    """The embedded tokens of one modality: x_BTD, and valid_BT, True at real tokens (None: all are real)."""
+
+    modality: str
+    x_BTD: Tensor
+    valid_BT: Tensor | None = None
+
+
+def join(parts: list[Part]) -> tuple[Tensor, Tensor | None, tuple[Segment, ...]]:
+    """Concatenate parts along the sequence.
+
+    Returns x_BTD, valid_BT (None when nothing is padded) and the segments in order.
+    """
+    if not parts:
+        raise ValueError("the backbone needs at least one part: an image, a text or both")
+    start, segments = 0, []
+    for part in parts:
+        stop = start + part.x_BTD.shape[1]
+        segments.append(Segment(part.modality, slice(start, stop)))
+        start = stop
+    x_BTD = parts[0].x_BTD if len(parts) == 1 else torch.cat([part.x_BTD for part in parts], dim=1)
+    if all(part.valid_BT is None for part in parts):
+        return x_BTD, None, tuple(segments)
+    valid = [
+        part.valid_BT if part.valid_BT is not None else x_BTD.new_ones(part.x_BTD.shape[:2], dtype=torch.bool)
+        for part in parts
+    ]
+    return x_BTD, torch.cat(valid, dim=1), tuple(segments)

@@ -1,0 +1,134 @@
+"""What a model weighs and costs, from its recipe alone: parameters, FLOPs and memory before anything runs.
+
+A multiply-add counts as two FLOPs. Norms, biases, softmax and activations are left out of FLOPs, as usual: they are
+below 1% at width 768. Everything here is arithmetic; tests hold it against the built module and torch's FLOP counter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from vlmoe.config import ModalityConfig, ModelConfig, sparse_blocks
+
+FP32 = 4  # bytes; weights, gradients and both moments of AdamW are kept in float32
+
+
+@dataclass
+class Sizes:
+    """parameters: counts by part, of the backbone with its embeddings (as papers count); the two pre-training heads
+    apart in `params_heads`. params_per_token: all of them but the experts a token does not choose, for an image-text
+    pair (the published "parameters per token"). params_per_vision_token, params_per_text_token: what one token of that
+    modality passes through in a single-modality sequence, embeddings tables left out.
+    flops_per_token: forward pass of the backbone, mean over the tokens of a pair of one full image and `max_text`
+    tokens; flops_per_pair by part; training costs three times the forward pass.
+    memory_bytes: weights, gradients and AdamW's moments in float32, activations not included.
+    """
+
+    params_total: int
+    params_per_token: int
+    params_per_vision_token: int
+    params_per_text_token: int
+    params_heads: int
+    params_by_part: dict[str, int]
+    flops_per_token: int
+    flops_per_pair: int
+    flops_per_pair_by_part: dict[str, int]
+    tokens_per_pair: int
+    memory_bytes: int
+    memory_bytes_by_part: dict[str, int]
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def _ffn_params(config: ModelConfig) -> int:
+    D, H = config.width, int(config.width * config.mlp_ratio)
+    up = 2 * H if config.activation == "swiglu" else H
+    return D * up + up + H * D + D
+
+
+def _ffn_flops(config: ModelConfig) -> int:
+    """Of one token."""
+    D, H = config.width, int(config.width * config.mlp_ratio)
+    return 2 * D * H * (3 if config.activation == "swiglu" else 2)
+
+
+def _attention_params(config: ModelConfig) -> int:
+    D = config.width
+    one = 2 * D + (3 * D * D + 3 * D) + (D * D + D) + (2 * D if config.sub_ln else 0)
+    return one * (1 if config.attention == "shared" else 2)
+
+
+def _side(config: ModelConfig, side: ModalityConfig, blocks: range) -> tuple[int, int, int, int, int]:
+    """Feed-forward side of a modality over `blocks`: parameters with norms (total, of one token), router parameters,
+    FLOPs of one token in the feed-forward layers, FLOPs of one token in the routers."""
+    ffn, sparse = _ffn_params(config), sparse_blocks(side.sparse, config.depth)
+    total = active = router = flops = router_flops = 0
+    for index in blocks:
+        experts, k = (side.experts, side.router.k) if index in sparse else (1, 1)
+        total += experts * ffn + 2 * config.width
+        active += k * ffn + 2 * config.width
+        flops += k * _ffn_flops(config)
+        if index in sparse:
+            router += side.experts * config.width
+            router_flops += 2 * side.experts * config.width
+    return total, active, router, flops, router_flops
+
+
+def sizes(config: ModelConfig) -> Sizes:
+    """Predict a model's sizes. Pure arithmetic, nothing is allocated."""
+    D, depth = config.width, config.depth
+    patches, pixels = (config.image_size // config.patch) ** 2, 3 * config.patch**2
+    vision_T, text_T = 1 + patches, config.max_text
+    pair_T = vision_T + text_T
+    everywhere = range(depth)
+    v_total, v_active, v_router, _, _ = _side(config, config.vision, everywhere)
+    t_total, t_active, t_router, _, _ = _side(config, config.text, everywhere)
+    vl = config.vl_ffn * (_ffn_params(config) + 2 * D)
+    attention = depth * _attention_params(config)
+    image_embedding = pixels * D + D + 2 * D + vision_T * D
+    text_embedding = config.vocabulary * D + config.max_text * D
+    parts = {
+        "embeddings": image_embedding + text_embedding,
+        "attention": attention,
+        "vision_ffn": v_total,
+        "text_ffn": t_total,
+        "vl_ffn": vl,
+        "routers": v_router + t_router,
+        "norm": 2 * D,
+    }
+    total = sum(parts.values())
+    own_attention = depth * _attention_params(config) // (1 if config.attention == "shared" else 2)
+    heads = config.vocabulary + D * config.codes + config.codes
+
+    # A pair: below the top `vl_ffn` blocks each token takes its modality's branch, in them the VL-FFN.
+    below = range(depth - config.vl_ffn)
+    _, _, _, v_flops, v_router_flops = _side(config, config.vision, below)
+    _, _, _, t_flops, t_router_flops = _side(config, config.text, below)
+    flops = {
+        "embeddings": 2 * pixels * D * patches,
+        "attention": depth * (8 * D * D * pair_T + 4 * D * pair_T * pair_T),
+        "vision_ffn": v_flops * vision_T,
+        "text_ffn": t_flops * text_T,
+        "vl_ffn": config.vl_ffn * _ffn_flops(config) * pair_T,
+        "routers": v_router_flops * vision_T + t_router_flops * text_T,
+    }
+    memory = {
+        "weights": FP32 * (total + heads),
+        "gradients": FP32 * (total + heads),
+        "optimizer": 2 * FP32 * (total + heads),
+    }
+    return Sizes(
+        params_total=total,
+        params_per_token=total - (v_total - v_active) - (t_total - t_active),
+        params_per_vision_token=own_attention + v_active + v_router + 2 * D,
+        params_per_text_token=own_attention + t_active + t_router + 2 * D,
+        params_heads=heads,
+        params_by_part=parts,
+        flops_per_token=sum(flops.values()) // pair_T,
+        flops_per_pair=sum(flops.values()),
+        flops_per_pair_by_part=flops,
+        tokens_per_pair=pair_T,
+        memory_bytes=sum(memory.values()),
+        memory_bytes_by_part=memory,
+    )

@@ -1,0 +1,138 @@
+"""Masked data modelling: predict hidden text tokens and the visual codes of hidden patches.
+
+One objective over three kinds of batches: texts (MLM), images (MIM), pairs (both, each helped by the other modality).
+Source: BEiT-3 (Wang et al. 2022), VL-MoE (Shen et al. 2023).
+
+Shape suffixes: B batch · P patches · T text tokens · D width · M hidden positions · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmoe.config import ModelConfig
+from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.data.visual_tokenizer import VisualTokenizer
+from vlmoe.model import Backbone, BackboneOutput
+from vlmoe.moe import RoutingStats
+from vlmoe.tasks.base import StepOutput, Task
+
+
+class MaskedDataModelling(Task):
+    """Backbone with two heads: the text head shares the token embedding's matrix, the image head is linear.
+
+    The visual tokenizer gives the targets of masked patches; it is frozen and no part of the module's state. A model
+    that only reads text needs none.
+    """
+
+    def __init__(self, config: ModelConfig, visual_tokenizer: VisualTokenizer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.text_bias = nn.Parameter(torch.zeros(config.vocabulary))
+        self.image_head = nn.Linear(config.width, config.codes)
+        nn.init.trunc_normal_(self.image_head.weight, std=0.02)
+        nn.init.zeros_(self.image_head.bias)
+        self._visual_tokenizer = (visual_tokenizer,)  # in a tuple, so that it does not register as a submodule
+
+    @property
+    def visual_tokenizer(self) -> VisualTokenizer | None:
+        return self._visual_tokenizer[0]
+
+    def prepare(self, device: torch.device) -> None:
+        if isinstance(self.visual_tokenizer, nn.Module):
+            self.visual_tokenizer.to(device)
+
+    def run(self, batch: Batch, *, hide_patches: bool = True) -> BackboneOutput:
+        """The backbone over whatever the batch holds; `hide_patches=False` shows the whole image."""
+        parts = []
+        if batch.image_BCHW is not None:
+            parts.append(self.backbone.image(batch.image_BCHW, batch.patch_mask_BP if hide_patches else None))
+        if batch.text_BT is not None:
+            parts.append(self.backbone.text(batch.text_BT, batch.valid_BT))
+        return self.backbone(parts)
+
+    def text_logits(self, x_MD: Tensor) -> Tensor:
+        """(..., D) features of text positions -> (..., V) logits."""
+        return F.linear(x_MD, self.backbone.text.tokens.weight, self.text_bias)
+
+    def forward(self, batches: dict[str, Batch]) -> StepOutput:
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        routed: list[tuple[str, RoutingStats]] = []
+        for kind, batch in batches.items():
+            output = self.run(batch)
+            routed += output.stats.items()
+            if batch.image_BCHW is not None:
+                losses[f"{kind}/mim"], metrics[f"{kind}/mim_accuracy"] = self._mim(batch, output)
+            if batch.text_BT is not None:
+                losses[f"{kind}/mlm"], metrics[f"{kind}/mlm_accuracy"] = self._mlm(batch, output)
+        routing_loss, routing_metrics, load = summarise_routing(routed)
+        loss = torch.stack(list(losses.values())).sum() + routing_loss
+        metrics = {name: value.detach() for name, value in losses.items()} | metrics | routing_metrics
+        return StepOutput(loss, metrics, load)
+
+    def tokens(self, batches: dict[str, Batch]) -> int:
+        total = 0
+        for batch in batches.values():
+            if batch.patch_mask_BP is not None:
+                total += batch.patch_mask_BP.numel() + len(batch)
+            if batch.valid_BT is not None:
+                total += int(batch.valid_BT.sum())
+        return total
+
+    def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor]:
+        assert batch.patch_mask_BP is not None
+        if self.visual_tokenizer is None:
+            raise ValueError("masked image modelling needs a visual tokenizer; this model was built without one")
+        target_M = self.visual_tokenizer.encode(batch)[batch.patch_mask_BP]
+        x_MD = output.features("vision")[:, 1:][batch.patch_mask_BP]  # the class token has no code
+        return _predict(self.image_head(x_MD), target_M)
+
+    def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor]:
+        assert batch.target_BT is not None
+        hidden_BT = batch.target_BT != IGNORE
+        return _predict(self.text_logits(output.features("text")[hidden_BT]), batch.target_BT[hidden_BT])
+
+
+def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy in float32, and accuracy."""
+    logits_MV = logits_MV.float()
+    accuracy = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
+    return F.cross_entropy(logits_MV, target_M), accuracy
+
+
+def summarise_routing(
+    routed: Iterable[tuple[str, RoutingStats]],
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Join the routing of several passes through the same layers.
+
+    routed: ("block/modality", stats) once for each pass. A layer's loss is the token-weighted mean over its passes, so
+    that each token counts once; layers are summed.
+    Returns the loss, metrics averaged over the layers of a modality ("vision/balance", "text/max_load", ...) and the
+    summed load of each layer.
+    """
+    passes: dict[str, list[RoutingStats]] = {}
+    for name, stats in routed:
+        passes.setdefault(name, []).append(stats)
+    loss = torch.zeros(())
+    by_modality: dict[str, list[Tensor]] = {}
+    load: dict[str, Tensor] = {}
+    for name, layer in passes.items():
+        modality = name.rsplit("/", 1)[1]
+        tokens = torch.stack([s.tokens for s in layer]).float()
+        share = tokens / tokens.sum().clamp_min(1)
+        loss = loss.to(share.device) + (torch.stack([s.loss for s in layer]) * share).sum()
+        load[name] = load_E = torch.stack([s.load_E for s in layer]).sum(dim=0).detach()
+        values = {key: (torch.stack([s.losses[key] for s in layer]) * share).sum() for key in layer[0].losses}
+        values["entropy"] = (torch.stack([s.entropy for s in layer]) * share).sum()
+        values["max_load"] = load_E.max() / load_E.float().mean().clamp_min(1e-9)  # 1 is even
+        values["idle"] = (load_E == 0).float().mean()
+        values["dropped"] = torch.stack([s.dropped for s in layer]).sum() / load_E.sum().clamp_min(1)
+        for key, value in values.items():
+            by_modality.setdefault(f"{modality}/{key}", []).append(value.detach())
+    return loss, {key: torch.stack(list(v)).float().mean() for key, v in by_modality.items()}, load

@@ -1,0 +1,110 @@
+"""Recipes are read strictly: every mistake is an error that names the key, what it got and what it wanted."""
+
+from pathlib import Path
+
+import pytest
+
+from vlmoe.config import (
+    Recipe,
+    RecipeError,
+    from_mapping,
+    known_keys,
+    load_recipe,
+    recipe_names,
+    sparse_blocks,
+    to_mapping,
+    to_yaml,
+)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_load_and_say_what_they_are(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert "Command: vlmoe pretrain" in recipe.about
+    assert recipe.run.dir == f"runs/{name}"
+
+
+def test_the_papers_recipes_are_packaged() -> None:
+    assert {"demo", "base_32e", "base_dense", "large_dense"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ({"train": {"stesp": 3}}, ["train.stesp", "did you mean 'train.steps'"]),
+        ({"steps": 3}, ["'steps'", "did you mean 'train.steps'"]),
+        ({"model": {"vision": {"router": {"capacity": 1.0}}}}, ["model.vision.router.capacity", "capacity_factor"]),
+        ({"data": {"sources": [{"kin": "pair"}]}}, ["data.sources[0].kin", "data.sources[0].kind"]),
+        ({"data": {"sources": [{"weight": "heavy"}]}}, ["data.sources[0].weight", "'heavy'", "a number"]),
+        ({"train": {"steps": "many"}}, ["train.steps", "'many'", "a whole number"]),
+        ({"train": {"steps": 1.5}}, ["train.steps", "1.5", "a whole number"]),
+        ({"train": {"compile": "perhaps"}}, ["train.compile", "'perhaps'", "true or false"]),
+        ({"model": 3}, ["'model'", "got 3", "a group of keys"]),
+        ({"data": {"sources": 3}}, ["data.sources", "got 3"]),
+        ({"model": {"heads": 5}}, ["model.heads", "got 5", "a divisor of model.width"]),
+        ({"model": {"vision": {"sparse": "some"}}}, ["model.vision.sparse", "'some'", "odd"]),
+        ({"model": {"vision": {"sparse": "1,9"}}}, ["model.vision.sparse", "below 6"]),
+        ({"model": {"text": {"router": {"k": 9}}}}, ["model.text.router.k", "got 9", "1 to model.text.experts (8)"]),
+        ({"data": {"batch": {"image": 0, "text": 0, "pair": 0}}}, ["data.batch", "at least one kind"]),
+        ({"data": {"sources": [{"kind": "pair"}]}}, ["data.batch.image", "no image source"]),
+        ({"data": {"sources": [{"type": "shards", "kind": "pair"}]}}, ["data.sources[0].path"]),
+        ({"data": {"masking": {"patches": 1.0}}}, ["data.masking.patches", "between 0 and 1"]),
+    ],
+)
+def test_a_mistake_is_named(mistake: dict, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        from_mapping(mistake)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_overrides_reach_any_depth_and_are_checked() -> None:
+    recipe = load_recipe("demo", ["train.steps=7", "model.vision.router.capacity_factor=1.25", "run.dir=out/x"])
+    assert (recipe.train.steps, recipe.model.vision.router.capacity_factor, recipe.run.dir) == (7, 1.25, "out/x")
+    assert load_recipe("demo", ["model.vision.router.capacity_factor=null"]).model.vision.router.capacity_factor is None
+    assert load_recipe("demo", ["data.sources.0.weight=3"]).data.sources[0].weight == 3
+    with pytest.raises(RecipeError, match=r"did you mean 'train\.steps'"):
+        load_recipe("demo", ["train.step=7"])
+    with pytest.raises(RecipeError, match="expected key=value"):
+        load_recipe("demo", ["--steps"])
+
+
+def test_recipe_by_path_and_by_wrong_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {steps: 3}\n")
+    assert load_recipe(str(path)).train.steps == 3
+    with pytest.raises(RecipeError, match="did you mean 'base_dense'"):
+        load_recipe("base_dens")
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(str(tmp_path / "other.yaml"))
+    path.write_text("train: [1, 2\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: not valid YAML"):
+        load_recipe(str(path))
+    path.write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match="expected a mapping"):
+        load_recipe(str(path))
+
+
+def test_a_recipe_survives_yaml_and_json(tmp_path: Path) -> None:
+    recipe = load_recipe("base_32e", ["seed=5"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    assert load_recipe(str(path)) == recipe
+    assert from_mapping(to_mapping(recipe)) == recipe
+    assert load_recipe(str(tmp_path)) == recipe  # a run's folder stands for its recipe
+
+
+def test_known_keys_are_the_dataclass_tree() -> None:
+    keys = known_keys()
+    assert {"run.dir", "train.steps", "train.checkpoint_every", "seed", "model.text.router.z"} <= set(keys)
+    assert len(keys) == len(set(keys))
+    assert isinstance(Recipe().data.batch.pair, int)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks"),
+    [("none", set()), ("all", {0, 1, 2, 3}), ("odd", {1, 3}), ("even", {0, 2}), ("last", {3}), ("0,2", {0, 2})],
+)
+def test_sparse_blocks(pattern: str, blocks: set[int]) -> None:
+    assert sparse_blocks(pattern, 4) == blocks
