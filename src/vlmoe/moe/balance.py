@@ -1,0 +1,100 @@
+"""Losses that keep experts in use and logits small. Pure functions of a `Routing` and a token mask.
+
+mask_N is True at real tokens; padding never counts. Each loss is a scalar with gradient; over no tokens at all it is 0.
+
+Shape suffixes: N tokens · E experts · K chosen experts of a token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vlmoe.moe.routing import Routing
+
+
+def count_tokens(routing: Routing, mask_N: Tensor | None) -> Tensor:
+    """Real tokens: int64 scalar on the routing's device."""
+    if mask_N is None:
+        return torch.tensor(routing.logits_NE.shape[0], device=routing.logits_NE.device)
+    return mask_N.sum()
+
+
+def load_of(routing: Routing, mask_N: Tensor | None) -> Tensor:
+    """load_E: how many real tokens chose each expert, before any is dropped for capacity (int64)."""
+    index_NK = routing.expert_index_NK
+    weight_NK = torch.ones_like(index_NK) if mask_N is None else mask_N.to(index_NK.dtype)[:, None].expand_as(index_NK)
+    load_E = index_NK.new_zeros(routing.logits_NE.shape[1])
+    return load_E.scatter_add_(0, index_NK.reshape(-1), weight_NK.reshape(-1))  # bincount would wait for the GPU
+
+
+def importance_of(routing: Routing, mask_N: Tensor | None) -> Tensor:
+    """importance_E: the softmax of the noise-free logits, summed over real tokens (V-MoE, eq. 6)."""
+    probs_NE = routing.probs_NE if routing.noise_std == 0 else routing.logits_NE.softmax(dim=-1)
+    return _sum(probs_NE, mask_N)
+
+
+def balance_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
+    """E * sum_e f_e P_e: f_e is expert e's share of the choices, P_e its mean probability (Switch, eq. 4-6; GShard).
+
+    1 when balanced, E when collapsed, for any k: f sums to one. The gradient flows through P alone.
+    """
+    load_E = load_of(routing, mask_N).to(routing.probs_NE.dtype)
+    share_E = load_E / load_E.sum().clamp(min=1)
+    return len(load_E) * (share_E * _mean(routing.probs_NE, mask_N)).sum()
+
+
+def importance_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
+    """Squared coefficient of variation of the experts' importance (V-MoE, eq. 7)."""
+    return _squared_variation(importance_of(routing, mask_N))
+
+
+def load_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
+    """Squared coefficient of variation of the experts' expected load (V-MoE, eq. 8-10).
+
+    A token counts for an expert with the probability that the expert would be among its top k were that expert's noise
+    drawn again: 1 - Phi((threshold - logit) / std), the threshold being the k-th largest noisy logit.
+
+    Raises:
+        ValueError: the routing was made without noise, so the probability is not defined.
+    """
+    if routing.noise_std <= 0:
+        raise ValueError("the load loss needs a routing made with noise (noise_std above 0), got 0")
+    threshold_N1 = routing.noisy_NE.gather(-1, routing.expert_index_NK[:, -1:])
+    excess_NE = (routing.logits_NE - threshold_N1) / routing.noise_std
+    chance_NE = 0.5 * torch.erfc(excess_NE / -math.sqrt(2))  # erfc keeps small chances that 1 - cdf rounds to zero
+    return _squared_variation(_mean(chance_NE, mask_N))
+
+
+def z_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
+    """Mean of log(sum(exp(logits)))^2 over tokens (ST-MoE, eq. 5), on the noise-free logits."""
+    return _mean(routing.logits_NE.logsumexp(dim=-1).square(), mask_N)
+
+
+def gate_entropy(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
+    """Mean entropy, in nats, of a token's distribution over experts, without noise; log(E) is no preference."""
+    log_NE = routing.logits_NE.log_softmax(dim=-1)
+    return _mean(-(log_NE.exp() * log_NE).sum(dim=-1), mask_N)
+
+
+def _sum(values: Tensor, mask_N: Tensor | None) -> Tensor:
+    if mask_N is None:
+        return values.sum(dim=0)
+    mask = mask_N if values.ndim == 1 else mask_N[:, None]
+    return values.masked_fill(~mask, 0).sum(dim=0)  # not a product: padding may hold nan
+
+
+def _mean(values: Tensor, mask_N: Tensor | None) -> Tensor:
+    """Over real tokens."""
+    if mask_N is None:
+        return values.sum(dim=0) / max(len(values), 1)
+    return _sum(values, mask_N) / mask_N.sum().clamp(min=1)
+
+
+def _squared_variation(values_E: Tensor) -> Tensor:
+    """(std / mean)^2 with the population's std, as published; the unbiased one is E/(E-1) times as large."""
+    mean = values_E.mean()
+    variance = values_E.var(correction=0)
+    return variance / mean.square().clamp(min=torch.finfo(values_E.dtype).tiny)

@@ -1,0 +1,215 @@
+"""Bring tokens into expert order, and back.
+
+A `Plan` says which row of the experts' buffer holds which choice of which token. Two layouts share it: `segments`
+(experts' rows one after the other, nothing between) and `padded` (each expert has the same number of rows; those it
+does not need are fillers). Both directions are gathers, forward and backward: a choice has at most one row.
+
+Shape suffixes: N tokens · K chosen experts of a token · A = N*K choices · D width · E experts · R rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vlmoe.moe.routing import Routing
+
+PRIORITIES = ("batch", "arrival")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """token_of_row_R: whose token a row holds. choice_of_row_R: which of the A choices. used_R: False at fillers, whose
+    content is arbitrary and never read; None when there are no fillers. row_of_choice_NK: a choice's row, 0 where it
+    has none. kept_NK: False for padding and choices dropped for capacity; None when all are kept.
+    count_E: rows of each expert, and sizes, the same on the host where that costs nothing (CPU).
+    slots: rows per expert in the padded layout, None in segments.
+    """
+
+    token_of_row_R: Tensor
+    choice_of_row_R: Tensor
+    used_R: Tensor | None
+    row_of_choice_NK: Tensor
+    kept_NK: Tensor | None
+    count_E: Tensor
+    sizes: list[int] | None
+    slots: int | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.token_of_row_R)
+
+    def host_sizes(self) -> list[int]:
+        """Rows of each expert as numbers; waits for the device when they are not yet on the host."""
+        return self.count_E.tolist() if self.sizes is None else self.sizes
+
+
+def plan_dispatch(
+    routing: Routing,
+    mask_N: Tensor | None = None,
+    *,
+    capacity_factor: float | None = None,
+    priority: str = "batch",
+    padded: bool = False,
+) -> Plan:
+    """Give every choice that is kept a row.
+
+    Each expert takes at most ceil(capacity_factor * K * real tokens / E) choices; None takes all. priority: "batch"
+    keeps the largest gates (V-MoE's batch priority, here by the choice's own gate), "arrival" the first tokens.
+    Everything follows from integer outputs of `topk` and `sort`, so that a recomputation can replay it.
+    """
+    index_NK = routing.expert_index_NK
+    (N, K), E, device = index_NK.shape, routing.logits_NE.shape[1], index_NK.device
+    key_A = index_NK.reshape(-1)
+    if mask_N is not None:  # padding belongs to expert E, which does not exist: it sorts last and is never counted
+        key_A = torch.where(mask_N[:, None].expand(N, K).reshape(-1), key_A, E)
+    by_gate = capacity_factor is not None and priority == "batch"
+    order_A, count_E = _sort_by_expert(key_A, E, routing.gate_NK if by_gate else None)
+    kept_A = None if mask_N is None else key_A < E
+    if capacity_factor is not None:
+        real = N if mask_N is None else mask_N.sum()
+        capacity = _capacity(capacity_factor, K, E, real, device)
+        rank_A = _rank_in_expert(key_A, order_A, count_E)
+        kept_A = (rank_A < capacity) & (key_A < E)
+        order_A, count_E = _sort_by_expert(torch.where(kept_A, key_A, E), E, None)
+    return _lay_out(order_A, count_E, kept_A, (N, K), padded)
+
+
+def _capacity(factor: float, K: int, E: int, real: int | Tensor, device: torch.device) -> Tensor:
+    """Choices an expert may take; a tensor, so that a GPU's token count need not travel to the host. The small term
+    keeps 1.1 * 10 from rounding up to 12."""
+    tokens = torch.as_tensor(real, device=device, dtype=torch.float64)
+    return torch.ceil(tokens * (factor * K / E) - 1e-6).to(torch.int64)
+
+
+def _sort_by_expert(key_A: Tensor, E: int, gate_NK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Choices in expert order, within an expert by falling gate or else as they came; and how many each expert has."""
+    count_E = key_A.new_zeros(E + 1).scatter_add_(0, key_A, torch.ones_like(key_A))[:E]
+    if gate_NK is None:
+        return key_A.argsort(stable=True), count_E
+    by_gate_A = gate_NK.detach().reshape(-1).argsort(descending=True, stable=True)
+    return by_gate_A[key_A[by_gate_A].argsort(stable=True)], count_E
+
+
+def _rank_in_expert(key_A: Tensor, order_A: Tensor, count_E: Tensor) -> Tensor:
+    """How many choices of the same expert come before each choice."""
+    start_E1 = torch.cat([count_E.new_zeros(1), count_E.cumsum(0)])
+    place_A = torch.arange(len(order_A), device=order_A.device)
+    return torch.empty_like(order_A).scatter_(0, order_A, place_A) - start_E1[key_A]
+
+
+def _lay_out(order_A: Tensor, count_E: Tensor, kept_A: Tensor | None, shape: tuple[int, int], padded: bool) -> Plan:
+    """Rows for choices that `order_A` lists by expert, those without a row last."""
+    device, A, K = order_A.device, len(order_A), shape[1]
+    sizes = count_E.tolist() if device.type == "cpu" else None
+    if not padded:
+        if sizes is not None:
+            order_A = order_A[: sum(sizes)]
+            used_R = None
+        else:  # the number of kept choices is only known on the device: the others stay as fillers at the end
+            used_R = None if kept_A is None else kept_A[order_A]
+        place_A = torch.zeros(A, dtype=torch.int64, device=device)
+        place_A[order_A] = torch.arange(len(order_A), device=device)
+        return Plan(
+            order_A // K if K > 1 else order_A,
+            order_A,
+            used_R,
+            place_A.view(shape),
+            _view(kept_A, shape),
+            count_E,
+            sizes,
+            None,
+        )
+    E = len(count_E)
+    slots = max(sizes) if sizes is not None else int(count_E.max())
+    place_S, start_E = torch.arange(slots, device=device), count_E.cumsum(0) - count_E
+    used_R = (place_S < count_E[:, None]).reshape(-1)
+    source_R = torch.where(used_R, (start_E[:, None] + place_S).reshape(-1), 0)
+    choice_of_row_R = order_A[source_R] if A else source_R
+    row_of_choice_A = torch.zeros(A + 1, dtype=torch.int64, device=device)
+    row_of_choice_A[torch.where(used_R, choice_of_row_R, A)] = torch.arange(E * slots, device=device)
+    return Plan(
+        choice_of_row_R // K,
+        choice_of_row_R,
+        used_R,
+        row_of_choice_A[:A].view(shape),
+        _view(kept_A, shape),
+        count_E,
+        sizes,
+        slots,
+    )
+
+
+def _view(kept_A: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    return None if kept_A is None else kept_A.view(shape)
+
+
+def dispatch(x_ND: Tensor, plan: Plan) -> Tensor:
+    """x_RD: each row's token."""
+    return _Dispatch.apply(x_ND, plan)
+
+
+def combine(y_RD: Tensor, gate_NK: Tensor, plan: Plan) -> Tensor:
+    """y_ND: the sum of each token's kept rows, weighted by their gates; zero for a token without any."""
+    return _Combine.apply(y_RD, gate_NK, plan)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return x_ND.index_select(0, plan.token_of_row_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return _rows_of_tokens(grad_RD, ctx.plan, None), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, gate_NK: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(y_RD, gate_NK)
+        return _rows_of_tokens(y_RD, plan, gate_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_RD, gate_NK = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        grad_RD = grad_ND.index_select(0, plan.token_of_row_R)
+        slope_R = (grad_RD * y_RD).sum(dim=-1, dtype=gate_NK.dtype)
+        gate_R = gate_NK.reshape(-1)[plan.choice_of_row_R] if plan.rows else gate_NK.new_zeros(0)
+        if plan.used_R is not None:
+            gate_R = gate_R.masked_fill(~plan.used_R, 0)
+        grad_gate_NK = slope_R[plan.row_of_choice_NK] if plan.rows else torch.zeros_like(gate_NK)
+        if plan.kept_NK is not None:
+            grad_gate_NK = grad_gate_NK.masked_fill(~plan.kept_NK, 0)
+        return grad_RD.mul_(gate_R[:, None]).to(y_RD.dtype), grad_gate_NK, None
+
+
+def _rows_of_tokens(rows_RD: Tensor, plan: Plan, gate_NK: Tensor | None) -> Tensor:
+    """The (weighted) sum of each token's rows, in the rows' dtype; products and sums in the gates'."""
+    N, K = plan.row_of_choice_NK.shape
+    if plan.rows == 0:
+        return rows_RD.new_zeros(N, rows_RD.shape[1])
+    if plan.kept_NK is not None and gate_NK is None:
+        gate_NK = torch.ones_like(plan.kept_NK, dtype=rows_RD.dtype)
+    if plan.kept_NK is not None and gate_NK is not None:
+        gate_NK = gate_NK.masked_fill(~plan.kept_NK, 0)
+    total_ND = rows_RD.index_select(0, plan.row_of_choice_NK[:, 0])
+    if gate_NK is not None:
+        total_ND = total_ND * gate_NK[:, 0, None]
+    for j in range(1, K):
+        rows_ND = rows_RD.index_select(0, plan.row_of_choice_NK[:, j])
+        total_ND = (
+            total_ND + rows_ND
+            if gate_NK is None
+            else torch.addcmul(total_ND, rows_ND.to(total_ND.dtype), gate_NK[:, j, None])
+        )
+    return total_ND.to(rows_RD.dtype)
