@@ -1,0 +1,312 @@
+"""The training loop, one for every task.
+
+It knows a task by `vlmoe.tasks.base` (a loss with a gradient, and what to log) and data by `vlmoe.data.loader` (item n
+is a pure function of seed and n). Everything random in a micro-step is drawn from a generator seeded by (seed, n), so a
+run that goes on from a checkpoint continues bit for bit as if it had never stopped, on the same machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vlmoe.config import Recipe, TrainConfig, UserError, to_mapping
+from vlmoe.data.batch import Batch
+from vlmoe.data.loader import BadBudget, Step, make_loader
+from vlmoe.tasks.base import StepOutput, Task
+from vlmoe.train import checkpoint
+from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from vlmoe.train.progress import Display
+from vlmoe.train.runlog import SKIPPED, RunLog, lock_run, machine
+from vlmoe.train.signals import StopRequest
+
+CHECKPOINTS = "checkpoints"
+ROUTING_RECORDS = 1000  # at most in a run: enough for a heat map over time, small beside the checkpoints
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient is no number any more; the message names the step and the metrics."""
+
+
+@dataclass
+class TrainResult:
+    """What a launch did.
+
+    steps: updates the model has now, over all launches. seconds, tokens_per_second, wait_share (of the loop's time,
+    spent waiting for data): of this launch, 0 when it had nothing to do. final_loss: of the last step. stopped_by: the
+    signal that ended the launch early, or None when the run is complete. resumed_from: the step it started at.
+    """
+
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    wait_share: float
+    final_loss: float | None
+    stopped_by: int | None
+    resumed_from: int
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
+
+
+def train(recipe: Recipe, task: Task, dataset: Dataset[Step], run_dir: str | Path) -> TrainResult:
+    """Train `task` to `train.steps`, or on from the newest checkpoint in `run_dir`.
+
+    task: freshly initialised from the recipe's seed; it holds the trained weights afterwards. dataset: item n is the
+    n-th micro-batch. run_dir: gets checkpoints/, the logs of `runlog`, skipped.jsonl and, at the end, curves.png and
+    routing.png.
+
+    Raises:
+        UserError: the folder is in use or cannot be written, a checkpoint is damaged or of another recipe, too many
+            samples are bad, the loss is not finite, or memory is short.
+    """
+    run_dir = Path(run_dir)
+    device = pick_device(recipe.train.device)
+    with lock_run(run_dir):
+        return Trainer(recipe, task, dataset, run_dir, device).run()
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA where there is one. Raises UserError when the device asked for is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"key 'train.device' got {name!r}, wanted auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"key 'train.device' got {name!r}, and this torch ({torch.__version__}) sees no CUDA device")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bf16 autocast on a CUDA device that has it; elsewhere fp32, as bf16 is slow on most CPUs."""
+    if name == "bf16" or (name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def seed_of(seed: int, micro_step: int) -> int:
+    """The generator's seed in one micro-step: far apart for neighbouring steps and seeds."""
+    digest = hashlib.blake2b(f"{seed}/{micro_step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass
+class _Clock:
+    """Time and tokens since some moment."""
+
+    began: float
+    tokens: int = 0
+    waited: float = 0.0
+
+    def rates(self) -> tuple[float, float, float]:
+        """Seconds, tokens per second, share of the time spent waiting for data."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        return seconds, self.tokens / seconds, min(1.0, self.waited / seconds)
+
+
+class Trainer:
+    """One launch. Use `train`, which holds the folder's lock."""
+
+    def __init__(self, recipe: Recipe, task: Task, dataset: Dataset[Step], run_dir: Path, device: torch.device) -> None:
+        self.recipe, self.config, self.dataset, self.run_dir = recipe, recipe.train, dataset, run_dir
+        self.device = device
+        self.dtype = pick_precision(self.config.precision, device)
+        self.folder = run_dir / CHECKPOINTS
+        checkpoint.sweep(self.folder)
+        self.task = task.to(device).train()
+        self.task.prepare(device)
+        self.optimizer = make_optimizer(self.task, self.config)
+        self.state = checkpoint.State(0, 0, 0.0, None, to_mapping(recipe), machine=machine(device))
+        found = checkpoint.newest(self.folder)
+        if found is not None:
+            checkpoint.check_recipe(found, recipe)
+            self.state = checkpoint.restore(found, self.task, self.optimizer)
+        self.resumed_from = self.saved_step = self.state.step
+        self.launched = _Clock(time.perf_counter())
+        self.lap = _Clock(time.perf_counter())
+        if self.config.compile:
+            self.task.compile()
+
+    def run(self) -> TrainResult:
+        steps = self.config.steps
+        with Display(self.recipe.name, self.state.step, steps) as display:
+            if self.state.step >= steps:
+                display.say(f"{self.run_dir}: already at step {self.state.step} of {steps}, nothing left to train")
+                return self._result(None)
+            self.log = RunLog(self.run_dir, self.recipe, self.state.step, self.state.logs)
+            try:
+                self._announce(display)
+                stopped_by = self._loop(display)
+            except torch.OutOfMemoryError as error:
+                first = str(error).splitlines()[0]
+                hint = "make data.batch smaller and train.accumulate larger, or set model.recompute=true"
+                raise UserError(f"out of memory in step {self.state.step + 1}: {first}\n{hint}") from None
+            finally:
+                self.log.close()
+            result = self._result(stopped_by)
+            if stopped_by is not None:
+                at = f"step {self.state.step} of {steps}"
+                display.say(f"stopped at {at}, saved; the same command goes on from there")
+            return result
+
+    # --------------------------------------------------------------------------------------------------------- loop
+    def _loop(self, display: Display) -> int | None:
+        """Steps until the end or a signal. Returns the signal's number or None."""
+        config = self.config
+        self.budget = BadBudget(self.run_dir / SKIPPED, self.recipe.data.max_bad_share)
+        if self.state.bad:
+            self.budget.load_state_dict(self.state.bad)
+        with StopRequest() as stop:
+            # after the handlers, so that forked workers inherit them: Ctrl-C reaches the whole process group
+            data = iter(
+                make_loader(
+                    self.dataset,
+                    start=self.state.micro_step,
+                    stop=config.steps * config.accumulate,
+                    workers=self.recipe.data.workers,
+                    device=self.device,
+                )
+            )
+            self.launched = _Clock(time.perf_counter())
+            self.lap = _Clock(time.perf_counter())
+            while self.state.step < config.steps and stop.number is None:
+                try:
+                    self._step(data, display)
+                except RuntimeError:
+                    if stop.number is None:  # else: a signal to the whole process group took the workers along
+                        raise
+                if self.state.step % config.checkpoint_every == 0 or self.state.step == config.steps:
+                    self._save()
+            self._save()
+            return None if self.state.step >= config.steps else stop.number
+
+    def _step(self, data: Iterator[Step], display: Display) -> None:
+        """One update from `accumulate` micro-batches."""
+        config, number = self.config, self.state.step + 1
+        rate = learning_rate(number, config)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = []
+        for i in range(config.accumulate):
+            batches = self._next(data)
+            torch.manual_seed(seed_of(self.recipe.seed, self.state.micro_step + i))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                output = self.task(batches)
+            (output.loss / config.accumulate).backward()
+            outputs.append(StepOutput(output.loss.detach(), output.metrics, output.load))
+        grad_norm = clip_gradients(self.task, config.clip)
+        means = _mean([{"loss": o.loss, "grad_norm": grad_norm, **o.metrics} for o in outputs])
+        self._check_finite(number, means)
+        self.optimizer.step()
+        self.state.step = number
+        self.state.micro_step += config.accumulate
+        self.state.loss = means["loss"]
+        if number % config.log_every == 0 or number == config.steps:
+            self._record(display, {"loss": means.pop("loss"), "lr": rate, **means})
+        if number % routing_every(config) == 0 or number == config.steps:
+            load = _sum([o.load for o in outputs])
+            if load:
+                self.log.routing(number, load)
+
+    def _next(self, data: Iterator[Step]) -> dict[str, Batch]:
+        """The next micro-batch on the device; its bad samples counted, its waiting time measured."""
+        began = time.perf_counter()
+        step = next(data)
+        waited = time.perf_counter() - began
+        self.budget.add(step)
+        tokens = self.task.tokens(step.batches)  # counted on the CPU: no waiting for the device
+        for clock in (self.launched, self.lap):
+            clock.waited += waited
+            clock.tokens += tokens
+        return {kind: batch.to(self.device) for kind, batch in step.batches.items()}
+
+    def _check_finite(self, number: int, means: dict[str, float]) -> None:
+        if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):
+            return
+        kept = checkpoint.newest(self.folder)
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        self.log.event("not finite", step=number, metrics={k: repr(v) for k, v in means.items()})
+        raise NonFiniteError(
+            f"step {number}: loss or gradient is not finite: {listed}\n"
+            + (f"The newest checkpoint, {kept}, is untouched. " if kept else "There is no checkpoint yet. ")
+            + "A lower train.lr, a longer train.warmup or a smaller train.clip in a new run.dir usually helps"
+        )
+
+    # ------------------------------------------------------------------------------------------------------- records
+    def _record(self, display: Display, values: dict[str, float]) -> None:
+        """One line of metrics; throughput and waiting are those since the line before."""
+        _, speed, wait_share = self.lap.rates()
+        seconds = self.state.seconds + self.launched.rates()[0]
+        self.lap = _Clock(time.perf_counter())
+        timing = {"tokens_per_second": speed, "seconds": seconds, "wait_share": wait_share}
+        if self.device.type == "cuda":
+            timing["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.log.metrics(self.state.step, values | timing)
+        display.update(self.state.step, values["loss"], *self.launched.rates()[1:])
+
+    def _save(self) -> None:
+        """A checkpoint of the last whole step, unless it has one."""
+        if self.state.step == self.saved_step:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        state = checkpoint.State(
+            step=self.state.step,
+            micro_step=self.state.micro_step,
+            seconds=self.state.seconds + self.launched.rates()[0],
+            loss=self.state.loss,
+            recipe=to_mapping(self.recipe),
+            bad=self.budget.state_dict(),
+            logs=self.log.sizes(),
+            machine=machine(self.device),
+        )
+        path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep)
+        self.saved_step = self.state.step
+        self.log.event("checkpoint", step=self.state.step, path=str(path.relative_to(self.run_dir)))
+
+    def _announce(self, display: Display) -> None:
+        now, then = machine(self.device), self.state.machine
+        self.log.launch(self.state.step, self.device)
+        where = f"on {now['device_name']}, {str(self.dtype).removeprefix('torch.')}"
+        if not self.state.step:
+            display.say(f"{self.run_dir}: {self.config.steps} steps {where}")
+            return
+        display.say(f"{self.run_dir}: going on from step {self.state.step} of {self.config.steps} {where}")
+        if changed := {k: (then.get(k), v) for k, v in now.items() if then.get(k) != v}:
+            listed = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
+            display.say(f"  not the machine of the checkpoint ({listed}): results agree up to rounding only")
+
+    def _result(self, stopped_by: int | None) -> TrainResult:
+        seconds, speed, wait_share = self.launched.rates() if self.state.step > self.resumed_from else (0.0, 0.0, 0.0)
+        return TrainResult(self.state.step, seconds, speed, wait_share, self.state.loss, stopped_by, self.resumed_from)
+
+
+def routing_every(config: TrainConfig) -> int:
+    """Steps between two records of the experts' load."""
+    return max(config.log_every, math.ceil(config.steps / ROUTING_RECORDS))
+
+
+def _mean(values: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Mean of each name over the micro-batches that have it, read from the device in one go."""
+    names = list(dict.fromkeys(name for v in values for name in v))
+    device = values[0]["loss"].device
+    columns = [torch.stack([v[name].detach().to(device, torch.float64) for v in values if name in v]) for name in names]
+    return dict(zip(names, torch.stack([column.mean() for column in columns]).tolist(), strict=True))
+
+
+def _sum(loads: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for load in loads:
+        for name, load_E in load.items():
+            total[name] = total[name] + load_E if name in total else load_E
+    return total

@@ -1,0 +1,54 @@
+"""AdamW, its learning rate as a pure function of the step, and the norm of the gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vlmoe.config import TrainConfig
+from vlmoe.tasks.base import Task
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Rate of update number `step`, the first being 1: linear warm-up to `lr`, then half a cosine down to `min_lr`.
+
+    The rate is `lr` at step `warmup` and `min_lr` at the last step. A `min_lr` above `lr` counts as `lr`.
+    """
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    low = min(config.min_lr, config.lr)
+    done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    return low + (config.lr - low) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the task's own parameter groups.
+
+    A group may carry `lr_scale`, a factor on the schedule's rate (layer-wise decay, faster heads).
+
+    Raises:
+        ValueError: a trainable parameter is in no group, so it would silently stay as it is.
+    """
+    groups = task.parameter_groups(config.weight_decay)
+    grouped = {id(p) for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    left_out = [name for name, p in task.named_parameters() if p.requires_grad and id(p) not in grouped]
+    if left_out:
+        raise ValueError(f"{type(task).__name__}.parameter_groups leaves out {', '.join(left_out[:5])}")
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def clip_gradients(task: Task, limit: float) -> Tensor:
+    """Scale the gradients down to a global norm of `limit` (0: leave them) and return the norm they had, a scalar."""
+    parameters = [p for p in task.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
