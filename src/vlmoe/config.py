@@ -297,8 +297,17 @@ def _check_keys(given: Any, schema: type, prefix: str, origin: str) -> None:
         if inner is not None and isinstance(value, list):
             for i, item in enumerate(value):
                 _check_keys(item, inner, f"{prefix}{key}[{i}].", origin)
+                _check_item(item, inner, f"{prefix}{key}[{i}].", origin)
         elif inner is not None:
             _check_keys(value, inner, f"{prefix}{key}.", origin)
+
+
+def _check_item(item: dict[str, Any], schema: type, prefix: str, origin: str) -> None:
+    """Types of one element of a list of groups: OmegaConf's own error would not say which element."""
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), item)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{origin}: {_explain(error, item, prefix)}") from None
 
 
 def _schema_of(f: Any) -> type | None:
@@ -320,11 +329,11 @@ def known_keys(schema: type = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(error: OmegaConfBaseException, given: dict[str, Any]) -> str:
+def _explain(error: OmegaConfBaseException, given: dict[str, Any], prefix: str = "") -> str:
     key = str(error.full_key or error.key or "?")
     wanted = getattr(error.ref_type, "__name__", None) or str(error.ref_type or "another type")
     found = OmegaConf.select(OmegaConf.create(given), key, default=None) if key != "?" else None
-    return f"key '{key}' got {found!r}, wanted {_wanted(key) or wanted}"
+    return f"key '{prefix}{key}' got {found!r}, wanted {_wanted(prefix + key) or wanted}"
 
 
 def _wanted(key: str) -> str | None:

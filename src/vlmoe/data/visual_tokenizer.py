@@ -172,10 +172,13 @@ class VQTokenizer(nn.Module):
     def load(cls, folder: Path) -> VQTokenizer:
         """Raises UserError naming the file when it is missing or does not fit."""
         try:
+            for name in ("visual.json", "visual.safetensors"):
+                if not (folder / name).is_file():
+                    raise UserError(f"visual tokenizer in {folder}: missing file {name}")
             tokenizer = cls(**json.loads((folder / "visual.json").read_text()))
             tokenizer.load_state_dict(load_file(folder / "visual.safetensors"))
-        except FileNotFoundError as error:
-            raise UserError(f"visual tokenizer in {folder}: missing file {Path(error.filename).name}") from None
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"visual tokenizer in {folder}: cannot be read: {error}") from None
         return tokenizer.eval().requires_grad_(False)
@@ -217,7 +220,7 @@ def train_vq(
         optimizer.step()
         schedule.step()
         if step % 20 == 19 or step + 1 == config.steps:
-            progress(step + 1, float(loss))
+            progress(step + 1, loss.item())
     tokenizer.eval().requires_grad_(False)
     return tokenizer, tokenizer_report(tokenizer, held_out.to(device))
 

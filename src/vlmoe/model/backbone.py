@@ -68,20 +68,15 @@ class Backbone(nn.Module):
         divided by sqrt(2 * its block's number), which keeps the residual stream's size from growing with depth (BEiT).
         """
         for module in self.modules():
-            if isinstance(module, (MoELayer, FeedForward)):
+            if isinstance(module, (MoELayer, FeedForward, nn.LayerNorm)):
                 module.reset_parameters()
-        for name, module in self.named_modules():
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and ".branches." not in name):
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                if isinstance(module, nn.Linear) and module.bias is not None:
+                if isinstance(module, nn.Linear):
                     nn.init.zeros_(module.bias)
         for parameter in (self.image.class_token, self.image.mask_token, self.image.position, self.text.position):
             nn.init.trunc_normal_(parameter, std=INIT_STD)
         for number, block in enumerate(self.blocks, start=1):
             for name, parameter in block.named_parameters():
-                if ".out." in name or name.endswith("w2"):
-                    if name.endswith("bias"):
-                        continue
+                if name.endswith(".w2") or (".out." in name and name.endswith("weight")):
                     parameter.div_((2.0 * number) ** 0.5)

@@ -95,22 +95,6 @@ def _dense(config: ModelConfig) -> FeedForward:
 def _layer(config: ModelConfig, side: ModalityConfig, index: int) -> FeedForward | MoELayer:
     if index not in sparse_blocks(side.sparse, config.depth):
         return _dense(config)
-    router = side.router
-    return MoELayer(
-        config.width,
-        hidden_size(config),
-        side.experts,
-        k=router.k,
-        activation=config.activation,
-        inner_norm=config.sub_ln,
-        renormalize=router.renormalize,
-        noise=router.noise,
-        capacity_factor=router.capacity_factor,
-        capacity_factor_eval=router.capacity_factor_eval,
-        priority=router.priority,
-        balance=router.balance,
-        importance=router.importance,
-        load=router.load,
-        z=router.z,
-        backend=router.backend,
+    return MoELayer.from_config(
+        config.width, hidden_size(config), config.activation, config.sub_ln, side.experts, side.router
     )

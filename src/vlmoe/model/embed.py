@@ -46,7 +46,7 @@ class ImageEmbedding(nn.Module):
             raise ValueError(
                 f"images: got {image_BCHW.dtype} {tuple(image_BCHW.shape)}, expected uint8 (B, {', '.join(map(str, expected))})"
             )
-        x_BPD = self.project(patchify(to_unit(image_BCHW), self.patch))
+        x_BPD = self.project(patchify(to_unit(image_BCHW), self.patch).to(self.project.weight.dtype))
         if mask_BP is not None:
             x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)
         first = self.class_token.to(x_BPD.dtype).expand(x_BPD.shape[0], -1, -1)

@@ -132,3 +132,30 @@ def sizes(config: ModelConfig) -> Sizes:
         memory_bytes=sum(memory.values()),
         memory_bytes_by_part=memory,
     )
+
+
+def describe(name: str, config: ModelConfig) -> str:
+    """The sizes as text for people."""
+    s = sizes(config)
+    lines = [
+        f"{name}: {config.depth} blocks, width {config.width}, {config.image_size} px in patches of {config.patch}, "
+        f"texts of {config.max_text} tokens",
+        f"  parameters           {_short(s.params_total)} in all, {_short(s.params_per_token)} per token "
+        f"(+ {_short(s.params_heads)} in the pre-training heads)",
+        *(f"    {part:<18} {_short(count)}" for part, count in s.params_by_part.items()),
+        f"  FLOPs, forward       {_short(s.flops_per_token)} per token, {_short(s.flops_per_pair)} per pair of "
+        f"{s.tokens_per_pair} tokens; training costs three times that",
+        *(f"    {part:<18} {_short(count)}" for part, count in s.flops_per_pair_by_part.items()),
+        f"  memory, training     {s.memory_bytes / 2**30:.2f} GiB for "
+        + ", ".join(f"{part} {size / 2**30:.2f}" for part, size in s.memory_bytes_by_part.items())
+        + "; activations come on top",
+    ]
+    return "\n".join(lines)
+
+
+def _short(count: int) -> str:
+    """1_937_000_000 -> '1.94G', in powers of a thousand."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)

@@ -37,9 +37,14 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
-        """AdamW groups: matrices decay; vectors (biases, norms) and embeddings of position do not."""
-        decay = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
-        rest = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
+        """AdamW groups: matrices and embeddings decay; biases, norms, positions and single tokens do not."""
+        decay, rest = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                last = name.rsplit(".", 1)[-1]
+                free = parameter.ndim < 2 or last in {"position", "class_token", "mask_token"}
+                # A mixture stacks its experts' biases into (E, D): they are still biases.
+                (rest if free or last in {"bias", "b1", "b2"} else decay).append(parameter)
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
     @torch.no_grad()

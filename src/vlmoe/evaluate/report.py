@@ -1,0 +1,141 @@
+"""Held-out evaluation of a run: scores as JSON, a table for people, completions as text and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vlmoe.data.batch import Batch
+from vlmoe.data.loader import held_out
+from vlmoe.data.sources import held_out_splits
+from vlmoe.evaluate.completions import Completion, complete, draw
+from vlmoe.evaluate.masked import evaluate_masked
+from vlmoe.tasks.export import Pretrained, load
+
+SCORES, PICTURE = "eval.json", "completions.png"
+
+
+def evaluate_run(run: Path, device: str = "auto", samples: int | None = None) -> dict[str, Any]:
+    """Score a finished run on every held-out split of its data.
+
+    Writes eval.json and completions.png into the run's folder and returns the report.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained = load(run, device)
+    recipe = trained.recipe
+    count = samples or recipe.eval.samples
+
+    def batches_of(split: str, kind: str) -> Iterable[Batch]:
+        for start in range(0, count, recipe.eval.batch):
+            size = min(recipe.eval.batch, count - start)
+            yield held_out(recipe, trained.text_tokenizer, split, kind, start, size, factors=True).to(
+                torch.device(device)
+            )
+
+    kinds = [kind for kind in ("pair", "image") if getattr(recipe.data.batch, kind)]
+    report = evaluate_masked(trained.model, batches_of, held_out_splits(recipe), kinds)
+    report["samples_per_split"] = count
+    if "pair" in kinds and recipe.eval.pictures:
+        shown = _completions(trained, recipe.eval.pictures, torch.device(device))
+        draw(shown, run / PICTURE)
+        report["completions"] = [
+            {"key": c.key} | {view: c.line(view) for view in ("shown", "truth", "seen", "blind")} for c in shown
+        ]
+    temporary = run / (SCORES + ".tmp")
+    temporary.write_text(json.dumps(report, indent=1))
+    temporary.replace(run / SCORES)
+    return report
+
+
+def _completions(trained: Pretrained, count: int, device: torch.device) -> list[Completion]:
+    batch = held_out(trained.recipe, trained.text_tokenizer, "val", "pair", 0, max(count, 2)).to(device)
+    return complete(trained.model, trained.text_tokenizer, batch, count)
+
+
+def print_report(report: dict[str, Any], run: Path, console: Console | None = None) -> None:
+    """The report as tables and sentences, with the places of the files."""
+    console = console or Console()
+    pairs = any("text" in scores for scores in report["splits"].values())
+    if pairs:
+        console.print(_text_table(report))
+    console.print(_image_table(report))
+    if pairs:
+        first = next(iter(report["splits"].values()))["text"]
+        if first["by_word_class"]:
+            console.print(_class_table(first["by_word_class"]))
+    if report["experts"]:
+        console.print(_expert_table(report["experts"]))
+    for item in report.get("completions", []):
+        console.print(f"\n[bold]{item['key']}[/bold]", highlight=False)
+        for label, view in (("shown", "shown"), ("with the image", "seen"), ("without", "blind"), ("truth", "truth")):
+            console.print(f"  {label:>14}  {item[view]}", markup=False, highlight=False)
+    console.print("\nFiles:")
+    for name, what in (
+        ("completions.png", "the completions beside their pictures"),
+        ("curves.png", "losses over training"),
+        ("routing.png", "load of every expert"),
+        (SCORES, "all scores"),
+        ("metrics.jsonl", "every logged step (TensorBoard events in tensorboard/)"),
+        ("model", "weights, config and tokenizers: vlmoe.load(folder)"),
+    ):
+        if (run / name).exists():
+            console.print(f"  {run / name}  {what}", markup=False, highlight=False)
+
+
+def _share(score: dict[str, Any]) -> str:
+    low, high = score["interval"]
+    return f"{100 * score['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _text_table(report: dict[str, Any]) -> Table:
+    table = Table(title="Held-out hidden text of pairs, accuracy in % [95% interval]", title_justify="left")
+    for column in ("split", "with the image", "without", "another's image", "gap, points"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, scores in report["splits"].items():
+        text = scores["text"]
+        table.add_row(split, *(_share(text[v]) for v in ("seen", "blind", "swapped")), f"{text['gap']:.1f}")
+    return table
+
+
+def _image_table(report: dict[str, Any]) -> Table:
+    table = Table(title="Codes of hidden patches, accuracy in % [95% interval]", title_justify="left")
+    for column in ("split", "image with its text", "image alone", "most frequent code"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, scores in report["splits"].items():
+        pair, alone = scores.get("image"), scores.get("image_alone")
+        majority = (pair or alone or {}).get("majority")
+        table.add_row(
+            split,
+            _share(pair) if pair else "-",
+            _share(alone) if alone else "-",
+            f"{100 * majority:.1f}" if majority is not None else "-",
+        )
+    return table
+
+
+def _class_table(classes: dict[str, Any]) -> Table:
+    table = Table(title="By word class, first split, accuracy in %", title_justify="left")
+    for column in ("word class", "with the image", "without", "another's image", "predictions"):
+        table.add_column(column, justify="left" if column == "word class" else "right")
+    for name, row in classes.items():
+        table.add_row(name, *(f"{100 * row[v]:.1f}" for v in ("seen", "blind", "swapped")), str(row["predictions"]))
+    return table
+
+
+def _expert_table(experts: dict[str, Any]) -> Table:
+    table = Table(title="Experts: share of the tokens in %, held out", title_justify="left")
+    table.add_column("block/modality")
+    table.add_column("share of each expert")
+    table.add_column("largest/mean", justify="right")
+    table.add_column("idle", justify="right")
+    for name, row in experts.items():
+        shares = " ".join(f"{100 * s:.0f}" for s in row["share"])
+        table.add_row(name, shares, f"{row['max_over_mean']:.2f}", str(row["idle"]))
+    return table
