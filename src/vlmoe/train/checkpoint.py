@@ -72,7 +72,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left: folders half written or half deleted. Only for the holder of the run's lock."""
+    """Remove what a killed process left, half written or half deleted. Only for the holder of the run's lock."""
     if folder.is_dir():
         for path in folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)

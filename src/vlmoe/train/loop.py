@@ -143,6 +143,8 @@ class Trainer:
         with Display(self.recipe.name, self.state.step, steps) as display:
             if self.state.step >= steps:
                 display.say(f"{self.run_dir}: already at step {self.state.step} of {steps}, nothing left to train")
+                if not (self.run_dir / "curves.png").exists():  # killed between the last checkpoint and the plots
+                    self._plot(display)
                 return self._result(None)
             self.log = RunLog(self.run_dir, self.recipe, self.state.step, self.state.logs)
             try:
@@ -158,6 +160,8 @@ class Trainer:
             if stopped_by is not None:
                 at = f"step {self.state.step} of {steps}"
                 display.say(f"stopped at {at}, saved; the same command goes on from there")
+            else:
+                self._plot(display)
             return result
 
     # --------------------------------------------------------------------------------------------------------- loop
@@ -285,6 +289,16 @@ class Trainer:
         if changed := {k: (then.get(k), v) for k, v in now.items() if then.get(k) != v}:
             listed = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
             display.say(f"  not the machine of the checkpoint ({listed}): results agree up to rounding only")
+
+    def _plot(self, display: Display) -> None:
+        from vlmoe.train import plots  # matplotlib is slow to import
+
+        try:
+            drawn = [plots.plot_curves(self.run_dir), plots.plot_routing(self.run_dir)]
+        except OSError as error:  # the weights are safe: no reason to fail
+            display.say(f"{self.run_dir}: no plots, the disk refused them: {error}")
+            return
+        display.say("plots: " + ", ".join(str(path) for path in drawn if path))
 
     def _result(self, stopped_by: int | None) -> TrainResult:
         seconds, speed, wait_share = self.launched.rates() if self.state.step > self.resumed_from else (0.0, 0.0, 0.0)
