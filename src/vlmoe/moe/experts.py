@@ -1,20 +1,19 @@
-"""Feed-forward layers: one dense, and E of them with stacked weights (E, in, out), in three ways of computing.
+"""Feed-forward layers: one dense, and E of them with stacked weights (E, in, out).
 
 Shape suffixes: R rows in expert order · D width · H hidden · U = H, or 2H for swiglu · E experts · C slots per expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmoe.moe.backends import RUN
 from vlmoe.moe.dispatch import Plan
 
 ACTIVATIONS = ("gelu", "relu", "swiglu")
-BACKENDS = ("auto", "loop", "padded", "grouped")
+BACKENDS = ("auto", *RUN)
 INIT_STD = 0.02
 
 
@@ -86,9 +85,7 @@ class Experts(nn.Module):
         """The backend that serves tensors of this dtype on the weights' device."""
         if self.backend != "auto":
             return self.backend
-        if self.w1.device.type == "cuda":
-            return "grouped" if can_group(self.w1, dtype) and can_group(self.w2, dtype) else "padded"
-        return "padded"
+        return "grouped"
 
     def forward(self, x_RD: Tensor, plan: Plan, backend: str) -> Tensor:
         """y_RD: each row through its expert, in x_RD's dtype. backend must fit the plan's layout: "padded" needs slots,
@@ -100,63 +97,7 @@ class Experts(nn.Module):
         def act(u: Tensor) -> Tensor:
             return activate(u, self.activation, self.inner_norm)
 
-        return _RUN[backend](x_RD, plan, w1, b1, w2, b2, act)
-
-
-Activation = Callable[[Tensor], Tensor]
-
-
-def run_loop(
-    x_RD: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
-) -> Tensor:
-    """One expert after the other, plain autograd: what the others are tested against."""
-    parts, start = [], 0
-    for e, size in enumerate(plan.host_sizes()):
-        x = x_RD[start : start + size]
-        h = act(F.linear(x, w1[e].t(), None if b1 is None else b1[e]))
-        parts.append(F.linear(h, w2[e].t(), None if b2 is None else b2[e]))
-        start += size
-    return torch.cat([*parts, x_RD[start:] * 0])
-
-
-def run_padded(
-    x_RD: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
-) -> Tensor:
-    """One batched product over experts with equally many rows each."""
-    x_ECD = x_RD.view(w1.shape[0], -1, x_RD.shape[1]) if plan.rows else x_RD.view(w1.shape[0], 0, x_RD.shape[1])
-    u_ECU = torch.bmm(x_ECD, w1) if b1 is None else torch.baddbmm(b1[:, None], x_ECD, w1)
-    h_ECH = act(u_ECU)
-    y_ECD = torch.bmm(h_ECH, w2) if b2 is None else torch.baddbmm(b2[:, None], h_ECH, w2)
-    return y_ECD.flatten(0, 1)
-
-
-def run_grouped(
-    x_RD: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
-) -> Tensor:
-    """torch's grouped product over segments of any length. Fillers at the end go through the last expert: the kernel
-    leaves rows past its last offset uninitialised, and those might hold nan."""
-    ends_E = plan.count_E.cumsum(0).to(torch.int32)
-    ends_E[-1] = plan.rows
-    rows_R = torch.arange(plan.rows, device=x_RD.device, dtype=torch.int32)
-    expert_of_row_R = torch.searchsorted(ends_E, rows_R, right=True)
-    u_RU = F.grouped_mm(x_RD, w1, offs=ends_E)
-    if b1 is not None:
-        u_RU = u_RU + b1.index_select(0, expert_of_row_R)
-    y_RD = F.grouped_mm(act(u_RU), w2, offs=ends_E)
-    return y_RD if b2 is None else y_RD + b2.index_select(0, expert_of_row_R)
-
-
-_RUN = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped}
-
-
-def can_group(w_EIO: Tensor, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped product takes these weights: strides must be multiples of 16 bytes, the GPU Ampere or
-    newer."""
-    if w_EIO.device.type == "cuda" and torch.cuda.get_device_capability(w_EIO.device) < (8, 0):
-        return False
-    return dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
-        n * dtype.itemsize % 16 == 0 for n in w_EIO.shape[1:]
-    )
+        return RUN[backend](x_RD, plan, w1, b1, w2, b2, act)
 
 
 def check_sizes(width: int, hidden: int, activation: str) -> None:
