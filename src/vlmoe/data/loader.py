@@ -1,0 +1,177 @@
+"""Micro-batches: item n is a pure function of the recipe's seed and n.
+
+Nothing here has a state, so a run can start at any step, and any number of worker processes gives the same batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vlmoe.config import Recipe, UserError, from_mapping
+from vlmoe.data.batch import Batch
+from vlmoe.data.collate import Collator, Ready
+from vlmoe.data.counter import hash64
+from vlmoe.data.mixture import Mixture
+from vlmoe.data.sample import KINDS
+from vlmoe.data.skipped import BadBudget
+from vlmoe.data.sources import build_sources
+from vlmoe.data.text_tokenizer import TextTokenizer
+
+__all__ = ["BadBudget", "Step", "StepData", "held_out", "held_out_size", "make_loader"]
+
+HELD_OUT_SEED = 0  # the same held-out samples and masks for every run, whatever its seed
+
+
+@dataclass
+class Step:
+    """One micro-batch. bad: (key, reason) of each sample that was skipped. drawn: samples tried, those included.
+    cut: texts that were longer than model.max_text."""
+
+    batches: dict[str, Batch]
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    drawn: int = 0
+    cut: int = 0
+
+    def pin_memory(self) -> Step:
+        return Step({k: b.pin_memory() for k, b in self.batches.items()}, self.bad, self.drawn, self.cut)
+
+
+class StepData(Dataset[Step]):
+    """The run's training data. `data[n]` is micro-batch n, for every n from 0 on.
+
+    factors: fill `Batch.patch_factors` and `Batch.token_factors` where the source knows them.
+
+    Raises UserError when a source cannot be opened, or the tokenizer is larger than the model's vocabulary.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: TextTokenizer, factors: bool = False) -> None:
+        tokenizer.check_fits(recipe.model.vocabulary, "text tokenizer")
+        self.seed = recipe.seed
+        self.parts: dict[str, tuple[int, Mixture, Collator]] = {}
+        for kind in KINDS:
+            size = getattr(recipe.data.batch, kind)
+            if size:
+                sources = build_sources(recipe.data, recipe.model, kind, "train", recipe.seed, factors)
+                collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind, factors)
+                self.parts[kind] = size, Mixture(sources, recipe.seed), collator
+
+    def __getitem__(self, micro_step: int) -> Step:
+        step = Step({})
+        for kind, (size, mixture, collator) in self.parts.items():
+            positions = list(range(micro_step * size, (micro_step + 1) * size))
+            items: list[Ready] = [mixture.draw(p, collator.ready, step.bad) for p in positions]
+            step.batches[kind] = collator.batch(items, positions, hash64("mask", self.seed, kind))
+            step.drawn += size
+            step.cut += sum(item.cut for item in items)
+        step.drawn += len(step.bad)
+        return step
+
+
+class _Guarded(Dataset[object]):
+    """Hands a UserError over as a value: raised in a worker, it would arrive wrapped in that worker's traceback."""
+
+    def __init__(self, data: Dataset[Step]) -> None:
+        self.data = data
+
+    def __getitem__(self, micro_step: int) -> Step | UserError:
+        try:
+            return self.data[micro_step]
+        except UserError as error:
+            return error
+
+
+class StepLoader:
+    """Iterates over steps; see `make_loader`. Stopping early, by `break` or an exception, ends the workers."""
+
+    def __init__(self, loader: DataLoader[object]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Step]:
+        for item in self.loader:
+            if isinstance(item, UserError):
+                raise item
+            assert isinstance(item, Step)
+            yield item
+
+
+def make_loader(
+    dataset: Dataset[Step],
+    start: int,
+    stop: int,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    context: str | None = None,
+) -> StepLoader:
+    """Steps `start` to `stop` - 1 of a dataset, prepared ahead by `workers` processes (0: in this one).
+
+    Memory is pinned when `device` is a CUDA device. context: fork, spawn or forkserver; None is Python's default.
+    Workers ignore Ctrl-C: the signal reaches the whole process group, and the main process ends them in good order.
+    """
+    return StepLoader(
+        DataLoader(
+            _Guarded(dataset),
+            batch_size=None,
+            sampler=range(start, max(start, stop)),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.device(device).type == "cuda",
+            worker_init_fn=_init_worker if workers else None,
+            multiprocessing_context=context if workers else None,
+        )
+    )
+
+
+def _init_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def held_out(
+    recipe: Recipe,
+    tokenizer: TextTokenizer,
+    split: str,
+    kind: str,
+    start: int,
+    n: int,
+    factors: bool = False,
+) -> Batch:
+    """Samples `start` to `start + n` - 1 of a held-out split, masked as in training, the same for every seed.
+
+    A bad sample is replaced by another of the split. Raises UserError when the split holds fewer samples.
+    """
+    mixture = _held_out_mixture(_identity(recipe), split, kind, factors)
+    if start + n > len(mixture):
+        raise UserError(
+            f"split '{split}' holds {len(mixture)} {kind} samples, and number {start + n} was asked for: "
+            "set eval.samples lower"
+        )
+    collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind, factors)
+    positions = list(range(start, start + n))
+    items: list[Ready] = [mixture.draw(p, collator.ready, []) for p in positions]
+    return collator.batch(items, positions, hash64("held out mask", HELD_OUT_SEED, kind, split))
+
+
+def held_out_size(recipe: Recipe, split: str, kind: str) -> int:
+    """How many different samples a held-out split has (2**62 where the source makes them)."""
+    return len(_held_out_mixture(_identity(recipe), split, kind, False))
+
+
+def _identity(recipe: Recipe) -> str:
+    return json.dumps({"data": asdict(recipe.data), "model": asdict(recipe.model)}, sort_keys=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _held_out_mixture(identity: str, split: str, kind: str, factors: bool) -> Mixture:
+    recipe = from_mapping(json.loads(identity))
+    sources = build_sources(recipe.data, recipe.model, kind, split, HELD_OUT_SEED, factors)
+    return Mixture(sources, HELD_OUT_SEED, shuffle=False)

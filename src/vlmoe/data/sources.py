@@ -1,0 +1,50 @@
+"""From the recipe's `data.sources` to sources: which there are, and which held-out splits they offer."""
+
+from __future__ import annotations
+
+from vlmoe.config import DataConfig, ModelConfig, Recipe, UserError
+from vlmoe.data.sample import KINDS, Source
+
+WORLD_SPLITS = ("val", "handwriting", "font", "attributes")
+FILE_SPLITS = ("val",)  # one file sample in a hundred, never trained on
+
+
+def splits_of(source_type: str) -> tuple[str, ...]:
+    """Held-out splits of a type of source."""
+    return WORLD_SPLITS if source_type == "world" else FILE_SPLITS
+
+
+def held_out_splits(recipe: Recipe, kind: str | None = None) -> list[str]:
+    """Splits that can be evaluated: those that every kind in the batch offers, or those of one kind."""
+    data = recipe.data
+    kinds = [kind] if kind else [k for k in KINDS if getattr(data.batch, k)]
+    offered = [{s for source in data.sources if source.kind == k for s in splits_of(source.type)} for k in kinds]
+    return [split for split in WORLD_SPLITS if all(split in splits for splits in offered)]
+
+
+def build_sources(
+    data: DataConfig, model: ModelConfig, kind: str, split: str = "train", seed: int = 0, factors: bool = False
+) -> list[tuple[Source, float]]:
+    """The sources of one kind with their weights.
+
+    factors: sources that know the truth fill in `patch_factors` and `spans`.
+
+    Raises UserError when no source of the kind has the split, or a path cannot be read.
+    """
+    from vlmoe.data.world import World
+
+    built: list[tuple[Source, float]] = []
+    for config in data.sources:
+        if config.kind != kind or (split != "train" and split not in splits_of(config.type)):
+            continue
+        patch = model.patch if factors else None
+        built.append((World(data.world, kind, split=split, seed=seed, patch=patch), config.weight))
+    if not built:
+        raise UserError(f"data.sources: no source has {kind} samples for the split '{split}'")
+    return built
+
+
+def read_text(source: Source, index: int) -> str | None:
+    """A sample's text alone; sources with a `text` method are spared reading the image."""
+    text = getattr(source, "text", None)
+    return text(index) if text else source[index].text
