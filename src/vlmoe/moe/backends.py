@@ -85,7 +85,7 @@ def _segment_linear(x_RI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, plan: Plan
 
 
 class _SegmentLinear(torch.autograd.Function):
-    """y[segment e] = x[segment e] @ w[e] + b[e]. Every product writes into its place in a tensor allocated once; autograd
+    """y[segment e] = x[segment e] @ w[e] + b[e]. Each product writes into its place in one tensor; autograd
     over slices would copy rows and build the weight's gradient E times over. Rows past the last segment become zero."""
 
     @staticmethod
