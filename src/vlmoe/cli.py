@@ -67,7 +67,7 @@ def evaluate(
 @app.command()
 def info(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
     """What a recipe's model weighs and costs, before anything runs."""
-    from vlmoe.model.sizes import describe, sizes
+    from vlmoe.model import describe, sizes
 
     plan: Recipe = load_recipe(recipe, overrides)
     if as_json:

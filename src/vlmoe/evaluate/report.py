@@ -35,9 +35,8 @@ def evaluate_run(run: Path, device: str = "auto", samples: int | None = None) ->
     def batches_of(split: str, kind: str) -> Iterable[Batch]:
         for start in range(0, count, recipe.eval.batch):
             size = min(recipe.eval.batch, count - start)
-            yield held_out(recipe, trained.text_tokenizer, split, kind, start, size, factors=True).to(
-                torch.device(device)
-            )
+            batch = held_out(recipe, trained.text_tokenizer, split, kind, start, size, factors=True)
+            yield batch.to(torch.device(device))
 
     kinds = [kind for kind in ("pair", "image") if getattr(recipe.data.batch, kind)]
     report = evaluate_masked(trained.model, batches_of, held_out_splits(recipe), kinds)

@@ -2,54 +2,108 @@
 
 from __future__ import annotations
 
-import json
-import time
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vlmoe.config import Recipe
-from vlmoe.data.loader import StepData
-from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer, load_text_tokenizer
+from vlmoe.data.loader import StepData, held_out, make_loader
+from vlmoe.data.text_tokenizer import DESCRIPTION, TextTokenizer, build_text_tokenizer, load_text_tokenizer
 from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenizer, train_vq
-from vlmoe.model.sizes import describe
-from vlmoe.tasks.export import export
+from vlmoe.model import describe
+from vlmoe.tasks.export import export, load_visual_tokenizer
 from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.train.loop import TrainResult, pick_device, train
+from vlmoe.train.runlog import lock_run
 
-TOKENIZERS = "tokenizers"
+TOKENIZERS, MODEL = "tokenizers", "model"
 
 
-def pretrain(recipe: Recipe) -> TrainResult:
+def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     """Run a recipe to its end, or on from its last checkpoint.
 
     Writes into run.dir: tokenizers/, checkpoints/, logs, plots and, at the end, model/ (see `vlmoe.load`).
     """
-    console = Console()
+    console = console or Console()
     run_dir = Path(recipe.run.dir)
-    console.print(describe(recipe.name, recipe.model), highlight=False)
-    text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
-    visual_tokenizer = prepare_visual_tokenizer(recipe, run_dir / TOKENIZERS, console)
-    torch.manual_seed(recipe.seed)
-    task = MaskedDataModelling(recipe.model, visual_tokenizer)
-    data = StepData(recipe, text_tokenizer)
-    result = train(recipe, task, data, run_dir)
-    if result.stopped_by is None:
-        export(task, recipe, run_dir / TOKENIZERS, run_dir / "model")
+    device = pick_device(recipe.train.device)
+    console.print(describe(recipe.name, recipe.model), highlight=False, markup=False)
+    with lock_run(run_dir):  # from here on: two launches must not train the same tokenizers either
+        text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
+        visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
+        torch.manual_seed(recipe.seed)
+        task = MaskedDataModelling(recipe.model, visual_tokenizer)
+        result = train(recipe, task, StepData(recipe, text_tokenizer), run_dir)
+        if not result.stopped:
+            export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
     return result
 
 
 def prepare_text_tokenizer(recipe: Recipe, folder: Path, console: Console) -> TextTokenizer:
-    """The run's text tokenizer: the one it already has, or the recipe's, made once and kept with the run."""
-    ...
+    """The run's text tokenizer: made or read once, then kept with the run."""
+    if (folder / DESCRIPTION).is_file():
+        return load_text_tokenizer(folder)
+    tokenizer = build_text_tokenizer(recipe)
+    tokenizer.save(folder)
+    console.print(f"text tokenizer: {tokenizer.type}, {tokenizer.size} tokens", highlight=False)
+    return tokenizer
 
 
-def prepare_visual_tokenizer(recipe: Recipe, folder: Path, console: Console) -> VisualTokenizer:
-    """The run's visual tokenizer, trained on its own images where the recipe says so; made once and kept."""
-    ...
+def prepare_visual_tokenizer(
+    recipe: Recipe, text_tokenizer: TextTokenizer, folder: Path, device: torch.device, console: Console
+) -> VisualTokenizer:
+    """The run's visual tokenizer: trained on the run's own images or read once, then kept with the run."""
+    config = recipe.data.visual_tokenizer
+    kind = next((k for k in ("image", "pair") if getattr(recipe.data.batch, k)), None)
+    if config.type == "codes" or kind is None:
+        return StoredCodes(recipe.model.codes)
+    if not (folder / "visual.json").is_file():
+        if config.path:
+            tokenizer = VQTokenizer.load(Path(config.path))
+        else:
+            tokenizer = _train_visual_tokenizer(recipe, text_tokenizer, kind, device, console)
+        tokenizer.save(folder)
+    return load_visual_tokenizer(folder, recipe)
 
 
-def _images(recipe: Recipe) -> Iterator[Tensor]: ...
+def _train_visual_tokenizer(
+    recipe: Recipe, text_tokenizer: TextTokenizer, kind: str, device: torch.device, console: Console
+) -> VQTokenizer:
+    config = recipe.data.visual_tokenizer
+    unseen = held_out(recipe, text_tokenizer, "val", kind, 0, min(256, recipe.eval.samples)).image_BCHW
+    assert unseen is not None
+    columns = (TextColumn("visual tokenizer"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=config.steps, loss=float("nan"))
+        tokenizer, report = train_vq(
+            config,
+            recipe.model,
+            _images(recipe, text_tokenizer, kind, device),
+            unseen,
+            recipe.seed,
+            device,
+            progress=lambda step, loss: bar.update(task, completed=step, loss=loss),
+        )
+    console.print(
+        f"visual tokenizer: {recipe.model.codes} codes, {100 * report['used']:.0f}% in use on held-out images "
+        f"(perplexity {report['perplexity']:.0f}), {100 * (1 - report['unexplained']):.0f}% of the pixels' variance explained",
+        highlight=False,
+    )
+    return tokenizer
+
+
+def _images(recipe: Recipe, text_tokenizer: TextTokenizer, kind: str, device: torch.device) -> Iterator[Tensor]:
+    """Batches of the run's own images, from the same sources and in the same order as training draws them."""
+    config = recipe.data.visual_tokenizer
+    alone = copy.deepcopy(recipe)
+    alone.data.batch.pair = alone.data.batch.text = alone.data.batch.image = 0
+    setattr(alone.data.batch, kind, config.batch)
+    for step in make_loader(StepData(alone, text_tokenizer), 0, config.steps, min(recipe.data.workers, 1), device):
+        image = step.batches[kind].image_BCHW
+        assert image is not None
+        yield image
