@@ -1,7 +1,7 @@
 """Which sample stands where: a mixture of sources as a pure function of the position.
 
-Position p of a kind is the p-th sample of that kind the run would draw if nothing were broken. A fixed weighted schedule
-says which source serves it and how many of that source's draws came before, so no history is needed.
+Position p of a kind is the p-th sample of that kind the run would draw if nothing were broken. A fixed weighted
+schedule says which source serves it and how many of that source's draws came before, so no history is needed.
 """
 
 from __future__ import annotations
@@ -56,9 +56,8 @@ class Schedule:
 
 def _slots(share: np.ndarray) -> np.ndarray:
     lengths = np.arange(1, _LONGEST + 1)[:, None]
-    exact = (np.abs(lengths * share - np.round(lengths * share)) < 1e-6).all(axis=1) & (lengths * share > 0.5).all(
-        axis=1
-    )
+    served = lengths * share
+    exact = ((np.abs(served - np.round(served)) < 1e-6) & (served > 0.5)).all(axis=1)
     if exact.any():
         return np.round(lengths[exact.argmax()] * share).astype(np.int64)
     counts = np.maximum(np.floor(_LONGEST * share), 1).astype(np.int64)
@@ -119,9 +118,7 @@ class Mixture:
                 bad.append((error.key, error.reason))
             index = hash64("instead", self.seed, source.kind, position, attempt) % len(source)
         key, reason = bad[-1]
-        raise UserError(
-            f"{describe_source(source)}: {TRIES} samples in a row cannot be used; the last, {key}: {reason}"
-        )
+        raise UserError(f"{describe_source(source)}: {TRIES} samples in a row are bad; the last, {key}: {reason}")
 
 
 def fetch(source: Source, index: int, epoch: int) -> Sample:

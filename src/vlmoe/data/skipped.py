@@ -52,8 +52,8 @@ class BadBudget:
             key, reason = self.last
             where = f"; all of them: {self.path}" if self.path is not None else ""
             raise UserError(
-                f"{self.bad} of {self.drawn} samples had to be skipped, more than data.max_bad_share = {self.max_share} "
-                f"allows. The last: {key}: {reason}{where}"
+                f"{self.bad} of {self.drawn} samples had to be skipped, more than data.max_bad_share = "
+                f"{self.max_share} allows. The last: {key}: {reason}{where}"
             )
 
     def state_dict(self) -> dict[str, Any]:

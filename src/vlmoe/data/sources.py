@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from vlmoe.config import DataConfig, ModelConfig, Recipe, UserError
+from vlmoe.config import DataConfig, ModelConfig, Recipe, SourceConfig, UserError
+from vlmoe.data.files import FileOptions, FileSource
+from vlmoe.data.folder import ImageFolder, TextLines
+from vlmoe.data.parquet import ParquetSource
 from vlmoe.data.sample import KINDS, Source
+from vlmoe.data.shards import ShardSource
 
 WORLD_SPLITS = ("val", "handwriting", "font", "attributes")
 FILE_SPLITS = ("val",)  # one file sample in a hundred, never trained on
@@ -31,17 +35,31 @@ def build_sources(
 
     Raises UserError when no source of the kind has the split, or a path cannot be read.
     """
-    from vlmoe.data.world import World
-
     built: list[tuple[Source, float]] = []
     for config in data.sources:
         if config.kind != kind or (split != "train" and split not in splits_of(config.type)):
             continue
-        patch = model.patch if factors else None
-        built.append((World(data.world, kind, split=split, seed=seed, patch=patch), config.weight))
+        built.append((_open(config, data, model, split, seed, factors), config.weight))
     if not built:
         raise UserError(f"data.sources: no source has {kind} samples for the split '{split}'")
     return built
+
+
+def _open(config: SourceConfig, data: DataConfig, model: ModelConfig, split: str, seed: int, factors: bool) -> Source:
+    if config.type == "world":
+        from vlmoe.data.world import World
+
+        return World(data.world, config.kind, split=split, seed=seed, patch=model.patch if factors else None)
+    return open_files(config.type, FileOptions.of(config, data, model, split, factors))
+
+
+def open_files(type: str, options: FileOptions) -> FileSource:
+    """A file source by its type: shards, folder or parquet."""
+    if type == "shards":
+        return ShardSource(options)
+    if type == "parquet":
+        return ParquetSource(options)
+    return TextLines(options) if options.kind == "text" else ImageFolder(options)
 
 
 def read_text(source: Source, index: int) -> str | None:

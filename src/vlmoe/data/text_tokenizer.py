@@ -42,9 +42,9 @@ Encoded = tuple[list[int], list[tuple[int, int]]]
 class TextTokenizer(ABC):
     """Text to ids and back.
 
-    `encode` adds no special tokens; who builds a sequence puts `start_id` and `end_id` around it. Special tokens spelled
-    out in a text ("[MASK]", "<s>") are ordinary characters. `size`: one more than the largest id. `unk_id`: None where
-    every text can be spelled.
+    `encode` adds no special tokens; who builds a sequence puts `start_id` and `end_id` around it. Special tokens
+    spelled out in a text ("[MASK]", "<s>") are ordinary characters. `size`: one more than the largest id. `unk_id`:
+    None where every text can be spelled.
     """
 
     type: str
@@ -149,7 +149,7 @@ class SentencePieceTokenizer(TextTokenizer):
             found = self.processor.encode(text, return_type="offset_mapping")
             ids, offsets = found["ids"], found["offsets"]
         except TypeError:  # sentencepiece before 0.2.2
-            pieces = self.processor.encode(text, out_type="immutable_proto").pieces
+            pieces = self.processor.encode(text, out_type="immutable_proto").pieces  # type: ignore[arg-type]
             ids, offsets = [p.id for p in pieces], [(p.begin, p.end) for p in pieces]
         return [i + self._SHIFT if i else self.unk_id for i in ids], [tuple(o) for o in offsets]
 

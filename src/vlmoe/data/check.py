@@ -1,0 +1,155 @@
+"""Validate anyone's data before a run depends on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlmoe.config import UserError
+from vlmoe.data.files import FileOptions, FileSource
+from vlmoe.data.sample import KINDS, BadSample
+from vlmoe.data.sources import open_files
+
+FIRST_ERRORS = 20
+
+
+def check_data(
+    path: str,
+    kind: str = "pair",
+    type: str = "auto",
+    image_size: int = 224,
+    max_pixels: int = 64_000_000,
+    image_column: str = "image",
+    text_column: str = "text",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Read every sample once, as a run would.
+
+    path: shards (brace or glob pattern), a folder, or parquet. type: shards, folder or parquet; auto tells by the path.
+    Every image is decoded in full (`image_size` only bounds the work of resizing).
+
+    Returns a report fit for JSON: `samples`, `good`, `errors` (how many), `reasons` (reason -> count),
+    `first_errors` ([{key, reason}], the first 20), `duplicate_keys` (how many keys occur again, counted as errors too),
+    `first_duplicates`, `characters` and `words` (quantiles of caption lengths), `same_captions` (share of captions that
+    occurred before), `files`.
+
+    Raises UserError when the data cannot be opened at all.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind '{kind}': expected image, text or pair")
+    type = tell_type(path) if type == "auto" else type
+    if type not in {"shards", "folder", "parquet"}:
+        raise UserError(f"type '{type}': expected shards, folder or parquet")
+    options = FileOptions(kind, path, "all", image_size, max_pixels, image_column, text_column)
+    source = open_files(type, options)
+    reasons: Counter[str] = Counter()
+    first: list[dict[str, str]] = []
+    characters: list[int] = []
+    words: list[int] = []
+    captions: set[int] = set()
+    same = 0
+    rows = range(len(source))
+    for index in track(rows, "Checking") if progress else rows:
+        try:
+            sample = source[index]
+        except BadSample as error:
+            reasons[_class(error.reason)] += 1
+            if len(first) < FIRST_ERRORS:
+                first.append({"key": error.key, "reason": error.reason})
+            continue
+        if sample.text is not None:
+            characters.append(len(sample.text))
+            words.append(len(sample.text.split()))
+            digest = hash(sample.text)
+            same += digest in captions
+            captions.add(digest)
+    duplicates = _duplicates(source)
+    bad = sum(reasons.values())
+    return {
+        "path": path,
+        "type": type,
+        "kind": kind,
+        "files": len(getattr(source, "paths", [])) or len(source),
+        "samples": len(source),
+        "good": len(source) - bad,
+        "errors": bad + len(duplicates),
+        "reasons": dict(reasons.most_common()),
+        "first_errors": first,
+        "duplicate_keys": len(duplicates),
+        "first_duplicates": duplicates[:FIRST_ERRORS],
+        "characters": _quantiles(characters),
+        "words": _quantiles(words),
+        "same_captions": same / len(characters) if characters else 0.0,
+    }
+
+
+def tell_type(path: str) -> str:
+    """shards, folder or parquet, by the path and what lies in it."""
+    if path.endswith(".parquet"):
+        return "parquet"
+    if ".tar" in Path(path).name:
+        return "shards"
+    folder = Path(path)
+    if folder.is_dir():
+        if any(folder.glob("*.tar")):
+            return "shards"
+        return "parquet" if any(folder.rglob("*.parquet")) else "folder"
+    if folder.is_file() and folder.suffix == ".txt":
+        return "folder"
+    raise UserError(f"{path}: no such folder, and neither .tar nor .parquet: say what it is with --type")
+
+
+def _class(reason: str) -> str:
+    """A reason without its particulars, for counting."""
+    return reason.split(":")[0].split(" (")[0] if not reason[:1].isdigit() else "too many pixels"
+
+
+def _duplicates(source: FileSource) -> list[str]:
+    seen: set[str] = set()
+    again: list[str] = []
+    for row in source.rows.tolist():
+        key = source.key(row)
+        if key in seen:
+            again.append(key)
+        seen.add(key)
+    return again
+
+
+def _quantiles(lengths: list[int]) -> dict[str, float]:
+    if not lengths:
+        return {}
+    values = np.quantile(lengths, [0, 0.05, 0.5, 0.95, 1]).tolist()
+    return dict(zip(("min", "5%", "median", "95%", "max"), values, strict=True))
+
+
+def print_check(report: dict[str, Any], console: Console | None = None) -> None:
+    """A report of `check_data` as tables."""
+    console = console or Console()
+    summary = Table(title=f"{report['path']} ({report['type']}, {report['kind']})", title_justify="left")
+    summary.add_column("what")
+    summary.add_column("count", justify="right")
+    for name in ("files", "samples", "good", "errors", "duplicate_keys"):
+        summary.add_row(name.replace("_", " "), f"{report[name]:,}")
+    for reason, count in report["reasons"].items():
+        summary.add_row(f"  {reason}", f"{count:,}")
+    console.print(summary)
+    if report["words"]:
+        lengths = Table(title="Caption lengths", title_justify="left")
+        for column in ("", *report["words"]):
+            lengths.add_column(column, justify="right" if column else "left")
+        for unit in ("characters", "words"):
+            lengths.add_row(unit, *(f"{value:g}" for value in report[unit].values()))
+        console.print(lengths)
+        console.print(f"captions that occurred before: {100 * report['same_captions']:.1f}%")
+    for error in report["first_errors"]:
+        console.print(f"{error['key']}: {error['reason']}", markup=False, highlight=False, soft_wrap=True)
+    for key in report["first_duplicates"]:
+        console.print(f"{key}: key occurs again", markup=False, highlight=False, soft_wrap=True)
+    if not report["errors"]:
+        console.print("No errors.")

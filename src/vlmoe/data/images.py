@@ -1,0 +1,91 @@
+"""Images from anyone's files, safely: bytes -> uint8 RGB of the model's size, or BadSample with the reason.
+
+Pillow decodes. The largest centred square is resized with Pillow's antialiased bicubic filter, in one pass; a JPEG much
+larger than needed is decoded at a half, a quarter or an eighth of its size first (never below twice the target).
+Transparency is laid over white, 16-bit greys keep their upper 8 bits, of an animation the first frame counts, EXIF
+orientation is applied.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from vlmoe.data.sample import BadSample
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+_ORIENTATION = 0x0112
+_TURNS = {  # EXIF orientation -> what puts it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(raw: bytes, key: str, image_size: int, max_pixels: int) -> np.ndarray:
+    """uint8 (image_size, image_size, 3).
+
+    Raises BadSample: not an image of a known format, truncated, corrupt, or more than `max_pixels` by its header (then
+    nothing is decoded).
+    """
+    if not raw:
+        raise BadSample(key, "empty image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about sizes (judged below) and odd metadata
+            with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise BadSample(key, f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
+                if min(width, height) < 1:
+                    raise BadSample(key, f"image of {width} x {height} pixels")
+                return _square(image, image_size)
+    except BadSample:
+        raise
+    except Image.DecompressionBombError:
+        raise BadSample(key, f"more pixels than data.max_pixels = {max_pixels}") from None
+    except Image.UnidentifiedImageError:
+        raise BadSample(key, f"not an image of a known format ({', '.join(FORMATS)})") from None
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
+        raise BadSample(key, f"broken image: {str(error) or type(error).__name__}") from None
+
+
+def _square(image: Image.Image, size: int) -> np.ndarray:
+    turn = _TURNS.get(_orientation(image))
+    if image.format == "JPEG":
+        image.draft(None, (2 * size, 2 * size))
+    upright = _to_rgb(image)
+    width, height = upright.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    upright = upright.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    if upright.mode == "RGBA":
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+    if turn is not None:  # turning the small square gives the same as turning the image first
+        upright = upright.transpose(turn)
+    return np.array(upright, dtype=np.uint8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, or RGBA where there is transparency (so that resizing weighs colours by it)."""
+    if image.mode.startswith("I"):  # 16 bit: Pillow's own conversion clips instead of scaling
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        return image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block does not make the image unusable
+        return 1
