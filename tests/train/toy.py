@@ -15,18 +15,18 @@ from vlmoe.data.batch import Batch
 from vlmoe.data.loader import Step
 from vlmoe.tasks.base import StepOutput, Task
 
-WIDTH, VOCABULARY = 8, 12
+VOCABULARY = 12
 
 
 class ToyTask(Task):
     """Predicts the sum of two tokens; the output matrix is the embedding's (tied), dropout needs the generator."""
 
-    def __init__(self, dropout: float = 0.2) -> None:
+    def __init__(self, dropout: float = 0.2, width: int = 8) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.hidden = nn.Linear(2 * WIDTH, WIDTH)
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.hidden = nn.Linear(2 * width, width)
         self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.head = nn.Linear(width, VOCABULARY)
         self.head.weight = self.embed.weight
 
     def forward(self, batches: dict[str, Batch]) -> StepOutput:

@@ -78,11 +78,15 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a half-deleted folder never passes for a checkpoint."""
-    doomed = path.with_name(f".{path.name}.old-{os.getpid()}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints; call it when the newest is known to be good.
+
+    Each is renamed first, so that a half-deleted folder never passes for a checkpoint.
+    """
+    for step in steps_in(folder)[: -max(1, keep)]:
+        doomed = folder / f".step-{step}.old-{os.getpid()}"
+        os.rename(folder / f"step-{step}", doomed)
+        shutil.rmtree(doomed)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -108,8 +112,7 @@ def save(folder: Path, state: State, task: Task, optimizer: torch.optim.Optimize
             + (f"The newest one is {kept}. " if kept else "There is no older one. ")
             + "Make room or choose another run.dir, then start again"
         ) from None
-    for step in steps_in(folder)[:-keep]:
-        _remove(folder / f"step-{step}")
+    prune(folder, keep)
     return final
 
 

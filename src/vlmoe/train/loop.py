@@ -132,6 +132,7 @@ class Trainer:
         if found is not None:
             checkpoint.check_recipe(found, recipe)
             self.state = checkpoint.restore(found, self.task, self.optimizer)
+            checkpoint.prune(self.folder, self.config.keep)  # an earlier launch may have died before it could
         self.resumed_from = self.saved_step = self.state.step
         self.launched = _Clock(time.perf_counter())
         self.lap = _Clock(time.perf_counter())
@@ -190,10 +191,13 @@ class Trainer:
                 except RuntimeError:
                     if stop.number is None:  # else: a signal to the whole process group took the workers along
                         raise
-                if self.state.step % config.checkpoint_every == 0 or self.state.step == config.steps:
+                if self.state.step % config.checkpoint_every == 0:
                     self._save()
+            complete = self.state.step >= config.steps
+            if complete:
+                self.budget.finish()
             self._save()
-            return None if self.state.step >= config.steps else stop.number
+            return None if complete else stop.number
 
     def _step(self, data: Iterator[Step], display: Display) -> None:
         """One update from `accumulate` micro-batches."""

@@ -113,9 +113,10 @@ class RunLog:
         """One logged step. Floats are written with all their digits; what is not finite becomes null."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._append(METRICS, {"step": step, **finite})
-        for name, value in finite.items():
-            if value is not None:
-                self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        with self._tensorboard_errors():
+            for name, value in finite.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
     def routing(self, step: int, load: dict[str, torch.Tensor]) -> None:
         """load: "block/modality" -> (E,) tokens sent to each expert in this step."""
@@ -124,7 +125,6 @@ class RunLog:
 
     def event(self, kind: str, **details: Any) -> None:
         self._append(EVENTS, {"event": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details})
-        self._files[EVENTS].flush()
 
     def launch(self, step: int, device: torch.device) -> None:
         """Record what started where: command, versions, machine."""
@@ -147,14 +147,26 @@ class RunLog:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        self._tensorboard.flush()
+        with self._tensorboard_errors():
+            self._tensorboard.flush()
         present = [self.run_dir / name for name in (METRICS, ROUTING, SKIPPED)]
         return {path.name: path.stat().st_size for path in present if path.exists()}
 
     def close(self) -> None:
+        """Every line is flushed as it is written; what cannot be written now was reported when it was."""
         for file in self._files.values():
-            file.close()
-        self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                file.close()
+        with contextlib.suppress(RunError), self._tensorboard_errors():
+            self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def _tensorboard_errors(self) -> Iterator[None]:
+        """Its writing thread hands what went wrong to the next call, as an OSError or as an error of its own."""
+        try:
+            yield
+        except Exception as error:
+            raise RunError(f"{self.run_dir / 'tensorboard'}: cannot be written: {error}") from None
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         try:
