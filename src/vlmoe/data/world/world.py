@@ -1,0 +1,101 @@
+"""The embedded world as a source: sample i of a split is the same on every machine, made when it is asked for."""
+
+from __future__ import annotations
+
+from operator import index as as_index
+
+import numpy as np
+
+from vlmoe.config import RecipeError, WorldConfig
+from vlmoe.data.sample import KINDS, Sample, Span
+from vlmoe.data.world.captions import captioner
+from vlmoe.data.world.draws import Draws
+from vlmoe.data.world.facts import state_fact
+from vlmoe.data.world.languages import LANGUAGES
+from vlmoe.data.world.phrases import SPAN_FACTORS
+from vlmoe.data.world.render import PATCH_FACTORS, patch_factors, render
+from vlmoe.data.world.scene import Scene, SceneMaker
+
+LENGTH = 2**62
+FACTORS = {"patch": PATCH_FACTORS, "span": SPAN_FACTORS}
+
+
+class World:
+    """Pictures of handwritten digits and characters, captions of them, and facts about them.
+
+    kind: "image", "text" or "pair". split: "train", or one that shows what training never does (see `scene.SPLITS`).
+    patch: pixels; when given, samples with an image carry `patch_factors`. A text is the caption of a scene that
+    nobody shows (a share `captions_in_text` of them) or a fact about a concept.
+
+    Raises:
+        RecipeError: a value of the dial that cannot be, an unknown kind or split, a patch that does not divide the
+            image.
+    """
+
+    def __init__(
+        self, config: WorldConfig, kind: str, split: str = "train", seed: int = 0, patch: int | None = None
+    ) -> None:
+        if kind not in KINDS:
+            raise RecipeError(f"the world has no samples of kind '{kind}': it has {', '.join(KINDS)}")
+        if patch is not None and (patch < 1 or config.image_size % patch):
+            raise RecipeError(f"key 'data.world.image_size' got {config.image_size}, wanted a multiple of {patch}")
+        unknown = [code for code in config.languages if code not in LANGUAGES]
+        if unknown or not config.languages:
+            wanted = f"at least one of {', '.join(LANGUAGES)}"
+            raise RecipeError(f"key 'data.world.languages' got {unknown or config.languages!r}, wanted {wanted}")
+        share = config.captions_in_text
+        if not 0 <= share <= 1:
+            raise RecipeError(f"key 'data.world.captions_in_text' got {share!r}, wanted a share from 0 to 1")
+        self.config, self.kind, self.split, self.seed, self.patch = config, kind, split, seed, patch
+        self._make = SceneMaker(config, split)
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> Sample:
+        key = self._key(index)
+        draws = Draws(key)
+        if self.kind == "text":
+            text, spans = self._say(draws)
+            return Sample(key, text=text, spans=spans)
+        scene = self._make(draws)
+        size = self.config.image_size
+        sample = Sample(key, image=render(scene, size))
+        if self.patch:
+            sample.patch_factors = patch_factors(scene, size, self.patch)
+        if self.kind == "pair":
+            sample.text, sample.spans = self._caption(scene, draws)
+        return sample
+
+    def text(self, index: int) -> str | None:
+        """The text of sample `index` alone, without drawing its picture; None for images."""
+        draws = Draws(self._key(index))
+        if self.kind == "text":
+            return self._say(draws)[0]
+        return self._caption(self._make(draws), draws)[0] if self.kind == "pair" else None
+
+    def scene(self, index: int) -> Scene:
+        """The ground truth of sample `index`. Raises ValueError for a text that states a fact."""
+        draws = Draws(self._key(index))
+        if self.kind == "text" and not draws.share(self.config.captions_in_text):
+            raise ValueError(f"{self._key(index)} states a fact: it has no scene")
+        return self._make(draws)
+
+    def picture(self, scene: Scene) -> np.ndarray:
+        """Any scene of this world's size as an image, uint8 (H, W, 3)."""
+        return render(scene, self.config.image_size)
+
+    def _say(self, draws: Draws) -> tuple[str, tuple[Span, ...]]:
+        if draws.share(self.config.captions_in_text):
+            return self._caption(self._make(draws), draws)
+        concept = draws.choice(self._make.concepts)
+        return state_fact(concept, LANGUAGES[draws.choice(self.config.languages)], draws)
+
+    def _caption(self, scene: Scene, draws: Draws) -> tuple[str, tuple[Span, ...]]:
+        return captioner(draws.choice(self.config.languages)).speak(scene, draws)
+
+    def _key(self, index: int) -> str:
+        i = as_index(index)
+        if not 0 <= i < LENGTH:
+            raise IndexError(f"index {i}: the world's samples are numbered from 0 to 2**62 - 1")
+        return f"world/{self.split}/{self.kind}/{self.seed}/{i}"
