@@ -1,8 +1,8 @@
 """Ways to compute E feed-forward layers on rows in expert order. One signature, the same numbers.
 
 `loop` is the oracle: one expert after the other, plain autograd. `padded` is one batched product over experts with
-equally many rows. `grouped` takes segments of any length: torch's grouped kernel on a GPU, one product per expert
-written straight into place elsewhere.
+equally many rows each. `grouped` is torch's grouped kernel on a GPU; elsewhere, batched products over neighbours of
+similar load. `slots_for` says how many rows per expert a backend wants.
 
 Shape suffixes: R rows in expert order · I, O width of a product's input and output · D width · H hidden · U = H, or 2H
 for swiglu · E experts · C slots per expert.
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmoe.moe.dispatch import Plan
+from vlmoe.moe.dispatch import Plan, Slots
+from vlmoe.moe.memory import empty_large
 
 Activation = Callable[[Tensor], Tensor]
 Backend = Callable[[Tensor, Plan, Tensor, Tensor | None, Tensor, Tensor | None, Activation], Tensor]
@@ -28,7 +29,7 @@ def run_loop(
     x_RD: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
 ) -> Tensor:
     """Fillers at the end come out as zero."""
-    sizes = plan.host_sizes()
+    sizes = plan.host_slots()
     parts = x_RD.split([*sizes, plan.rows - sum(sizes)])
     none = [None] * len(sizes)
     w1s, w2s = w1.unbind(), w2.unbind()
@@ -50,21 +51,48 @@ def run_padded(
 def run_grouped(
     x_RD: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
 ) -> Tensor:
-    linear = _kernel_linear if can_group(w1) and can_group(w2) else _segment_linear
+    linear = _kernel_linear if plan.slots is None and has_kernel((w1, w2), x_RD.dtype) else _batched_linear
     return linear(act(linear(x_RD, w1, b1, plan)), w2, b2, plan)
 
 
 RUN: dict[str, Backend] = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped}
+BACKENDS = ("auto", *RUN)
 
 
-def can_group(w_EIO: Tensor) -> bool:
-    """Whether torch's grouped kernel is the better choice: on an Ampere GPU or newer, for strides that are multiples of
-    16 bytes as it demands. On CPU it is as slow as a loop that copies."""
+def slots_for(backend: str, weights: tuple[Tensor, ...], dtype: torch.dtype) -> Slots | None:
+    """What to give `plan_dispatch` for this backend, these weights and products in this dtype."""
+    if backend == "padded":
+        return lambda need: [max(need)] * len(need)
+    if backend == "loop" or has_kernel(weights, dtype):
+        return None
+    return lambda need: [slots for first, last, slots in similar_loads(need) for _ in range(first, last)]
+
+
+def similar_loads(need: list[int], waste: float = 0.12) -> list[tuple[int, int, int]]:
+    """Cut the experts into runs (first, last + 1, rows each) of similar load, so that giving each expert as many rows
+    as the largest of its run adds at most the share `waste`.
+
+    One batched product of a few experts is as fast as a dense one of as many rows; one product per expert is not,
+    because all threads meet after each.
+    """
+    runs, first, largest, total = [], 0, 0, 0
+    for e, rows in enumerate(need):
+        if e > first and max(largest, rows) * (e + 1 - first) > (1 + waste) * (total + rows):
+            runs.append((first, e, largest))
+            first, largest, total = e, 0, 0
+        largest, total = max(largest, rows), total + rows
+    return [*runs, (first, len(need), largest)]
+
+
+def has_kernel(weights: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    """Whether torch's grouped kernel serves these weights well: on an Ampere GPU or newer, with strides that are
+    multiples of 16 bytes as it demands. Its CPU version is slower than `_batched_linear`."""
+    device = weights[0].device
     return (
-        w_EIO.device.type == "cuda"
-        and torch.cuda.get_device_capability(w_EIO.device) >= (8, 0)
-        and w_EIO.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(n * w_EIO.element_size() % 16 == 0 for n in w_EIO.shape[1:])
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(n * dtype.itemsize % 16 == 0 for w in weights for n in w.shape[1:])
     )
 
 
@@ -80,57 +108,59 @@ def _kernel_linear(x_RI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, plan: Plan)
     return y_RO + b_EO.index_select(0, torch.searchsorted(ends_E, rows_R, right=True))
 
 
-def _segment_linear(x_RI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, plan: Plan) -> Tensor:
-    return _SegmentLinear.apply(x_RI, w_EIO, b_EO, plan.host_sizes())
+def _batched_linear(x_RI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, plan: Plan) -> Tensor:
+    return _BatchedLinear.apply(x_RI, w_EIO, b_EO, _runs(plan.host_slots()))
 
 
-class _SegmentLinear(torch.autograd.Function):
-    """y[segment e] = x[segment e] @ w[e] + b[e]. Each product writes into its place in one tensor; autograd
-    over slices would copy rows and build the weight's gradient E times over. Rows past the last segment become zero."""
+def _runs(slots: list[int]) -> list[tuple[slice, slice, tuple[int, int, int]]]:
+    """Runs of equal slots: (experts, rows, shape of the rows as a batch)."""
+    runs, first, row = [], 0, 0
+    for e in range(1, len(slots) + 1):
+        if e == len(slots) or slots[e] != slots[first]:
+            stop = row + (e - first) * slots[first]
+            runs.append((slice(first, e), slice(row, stop), (e - first, slots[first], -1)))
+            first, row = e, stop
+    return runs
+
+
+class _BatchedLinear(torch.autograd.Function):
+    """y = x w + b, run by run. Every product writes into its place in one tensor; autograd over slices would copy rows
+    and build the weight's gradient once per run."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, sizes: list[int]) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, runs: list[Any]) -> Tensor:
         ctx.save_for_backward(x_RI, w_EIO)
-        ctx.sizes, ctx.bias = sizes, b_EO is not None
+        ctx.runs = runs
         y_RO = x_RI.new_empty(len(x_RI), w_EIO.shape[2])
-        for e, rows in _segments(sizes):
+        for experts, rows, shape in runs:
+            if rows.start == rows.stop:
+                continue
+            x, w, y = x_RI[rows].view(shape), w_EIO[experts], y_RO[rows].view(shape)
             if b_EO is None:
-                torch.mm(x_RI[rows], w_EIO[e], out=y_RO[rows])
+                torch.bmm(x, w, out=y)
             else:
-                torch.addmm(b_EO[e], x_RI[rows], w_EIO[e], out=y_RO[rows])
-        y_RO[sum(sizes) :] = 0
+                torch.baddbmm(b_EO[experts, None], x, w, out=y)
         return y_RO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x_RI, w_EIO = ctx.saved_tensors
-        sizes: list[int] = ctx.sizes
         need_x, need_w, need_b, _ = ctx.needs_input_grad
         grad_RO = grad_RO.contiguous()
         grad_x_RI = torch.empty_like(x_RI) if need_x else None
-        grad_w_EIO = torch.empty_like(w_EIO) if need_w else None
+        grad_w_EIO = empty_large(w_EIO) if need_w else None
         grad_b_EO = w_EIO.new_zeros(len(w_EIO), w_EIO.shape[2]) if need_b else None
-        for e, rows in _segments(sizes):
+        for experts, rows, shape in ctx.runs:
+            if rows.start == rows.stop:
+                if grad_w_EIO is not None:
+                    grad_w_EIO[experts].zero_()
+                continue
+            grad = grad_RO[rows].view(shape)
             if grad_x_RI is not None:
-                torch.mm(grad_RO[rows], w_EIO[e].t(), out=grad_x_RI[rows])
+                torch.bmm(grad, w_EIO[experts].mT, out=grad_x_RI[rows].view(shape))
             if grad_w_EIO is not None:
-                torch.mm(x_RI[rows].t(), grad_RO[rows], out=grad_w_EIO[e])
+                torch.bmm(x_RI[rows].view(shape).mT, grad, out=grad_w_EIO[experts])
             if grad_b_EO is not None:
-                torch.sum(grad_RO[rows], dim=0, out=grad_b_EO[e])
-        if grad_w_EIO is not None:
-            for e in (e for e, size in enumerate(sizes) if size == 0):
-                grad_w_EIO[e].zero_()
-        if grad_x_RI is not None:
-            grad_x_RI[sum(sizes) :] = 0
+                torch.sum(grad, dim=1, out=grad_b_EO[experts])
         return grad_x_RI, grad_w_EIO, grad_b_EO, None
-
-
-def _segments(sizes: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) for every expert that has any."""
-    found, start = [], 0
-    for e, size in enumerate(sizes):
-        if size:
-            found.append((e, slice(start, start + size)))
-        start += size
-    return found

@@ -1,14 +1,15 @@
 """Bring tokens into expert order, and back.
 
-A `Plan` says which row of the experts' buffer holds which choice of which token. Two layouts share it: `segments`
-(experts' rows one after the other, nothing between) and `padded` (each expert has the same number of rows; those it
-does not need are fillers). Both directions are gathers, forward and backward: a choice has at most one row.
+A `Plan` says which row of the buffer holds which choice of which token. Every expert has its rows in one piece, in the
+order of experts; a backend may ask for more rows than an expert needs, and the rest are fillers. Both directions are
+gathers, forward and backward: a choice has at most one row.
 
 Shape suffixes: N tokens · K chosen experts of a token · A = N*K choices · D width · E experts · R rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,16 @@ from vlmoe.moe.routing import Routing
 PRIORITIES = ("batch", "arrival")
 
 
+Slots = Callable[[list[int]], list[int]]  # how many rows each expert gets, from how many it needs
+
+
 @dataclass(frozen=True)
 class Plan:
-    """token_of_row_R: whose token a row holds. choice_of_row_R: which of the A choices. used_R: False at fillers, whose
-    content is arbitrary and never read; None when there are no fillers. row_of_choice_NK: a choice's row, 0 where it
+    """token_of_row_R: whose token a row holds. choice_of_row_R: which of the A choices. used_R: False at fillers, which
+    hold some token but are never read; None when there are no fillers. row_of_choice_NK: a choice's row; any where it
     has none. kept_NK: False for padding and choices dropped for capacity; None when all are kept.
-    count_E: rows of each expert, and sizes, the same on the host where that costs nothing (CPU).
-    slots: rows per expert in the padded layout, None in segments.
+    count_E: rows each expert needs. slots: rows each expert has, on the host; None on a GPU when they are `count_E`,
+    which need not travel to the host then, and fillers stand at the end.
     """
 
     token_of_row_R: Tensor
@@ -36,16 +40,15 @@ class Plan:
     row_of_choice_NK: Tensor
     kept_NK: Tensor | None
     count_E: Tensor
-    sizes: list[int] | None
-    slots: int | None
+    slots: list[int] | None
 
     @property
     def rows(self) -> int:
         return len(self.token_of_row_R)
 
-    def host_sizes(self) -> list[int]:
+    def host_slots(self) -> list[int]:
         """Rows of each expert as numbers; waits for the device when they are not yet on the host."""
-        return self.count_E.tolist() if self.sizes is None else self.sizes
+        return self.count_E.tolist() if self.slots is None else self.slots
 
 
 def plan_dispatch(
@@ -54,12 +57,13 @@ def plan_dispatch(
     *,
     capacity_factor: float | None = None,
     priority: str = "batch",
-    padded: bool = False,
+    slots: Slots | None = None,
 ) -> Plan:
     """Give every choice that is kept a row.
 
     Each expert takes at most ceil(capacity_factor * K * real tokens / E) choices; None takes all. priority: "batch"
     keeps the largest gates (V-MoE's batch priority, here by the choice's own gate), "arrival" the first tokens.
+    slots: how many rows an expert gets, at least as many as it needs; None for exactly as many.
     Everything follows from integer outputs of `topk` and `sort`, so that a recomputation can replay it.
     """
     index_NK = routing.expert_index_NK
@@ -76,7 +80,7 @@ def plan_dispatch(
         rank_A = _rank_in_expert(key_A, order_A, count_E)
         kept_A = (rank_A < capacity) & (key_A < E)
         order_A, count_E = _sort_by_expert(torch.where(kept_A, key_A, E), E, None)
-    return _lay_out(order_A, count_E, kept_A, (N, K), padded)
+    return _lay_out(order_A, count_E, kept_A, (N, K), slots)
 
 
 def _capacity(factor: float, K: int, E: int, real: int | Tensor, device: torch.device) -> Tensor:
@@ -102,50 +106,29 @@ def _rank_in_expert(key_A: Tensor, order_A: Tensor, count_E: Tensor) -> Tensor:
     return torch.empty_like(order_A).scatter_(0, order_A, place_A) - start_E1[key_A]
 
 
-def _lay_out(order_A: Tensor, count_E: Tensor, kept_A: Tensor | None, shape: tuple[int, int], padded: bool) -> Plan:
+def _lay_out(
+    order_A: Tensor, count_E: Tensor, kept_A: Tensor | None, shape: tuple[int, int], slots: Slots | None
+) -> Plan:
     """Rows for choices that `order_A` lists by expert, those without a row last."""
-    device, A, K = order_A.device, len(order_A), shape[1]
-    sizes = count_E.tolist() if device.type == "cpu" else None
-    if not padded:
-        if sizes is not None:
-            order_A = order_A[: sum(sizes)]
-            used_R = None
-        else:  # the number of kept choices is only known on the device: the others stay as fillers at the end
-            used_R = None if kept_A is None else kept_A[order_A]
-        place_A = torch.zeros(A, dtype=torch.int64, device=device)
-        place_A[order_A] = torch.arange(len(order_A), device=device)
-        return Plan(
-            order_A // K if K > 1 else order_A,
-            order_A,
-            used_R,
-            place_A.view(shape),
-            _view(kept_A, shape),
-            count_E,
-            sizes,
-            None,
-        )
-    E = len(count_E)
-    slots = max(sizes) if sizes is not None else int(count_E.max())
-    place_S, start_E = torch.arange(slots, device=device), count_E.cumsum(0) - count_E
-    used_R = (place_S < count_E[:, None]).reshape(-1)
-    source_R = torch.where(used_R, (start_E[:, None] + place_S).reshape(-1), 0)
-    choice_of_row_R = order_A[source_R] if A else source_R
-    row_of_choice_A = torch.zeros(A + 1, dtype=torch.int64, device=device)
-    row_of_choice_A[torch.where(used_R, choice_of_row_R, A)] = torch.arange(E * slots, device=device)
-    return Plan(
-        choice_of_row_R // K,
-        choice_of_row_R,
-        used_R,
-        row_of_choice_A[:A].view(shape),
-        _view(kept_A, shape),
-        count_E,
-        sizes,
-        slots,
-    )
-
-
-def _view(kept_A: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    return None if kept_A is None else kept_A.view(shape)
+    (N, K), device = shape, order_A.device
+    kept_NK = None if kept_A is None else kept_A.view(N, K)
+    if slots is None and device.type != "cpu":  # how many choices are kept is only known on the device
+        used_R = None if kept_A is None else kept_A[order_A]
+        row_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(N * K, device=device))
+        return Plan(order_A // K, order_A, used_R, row_A.view(N, K), kept_NK, count_E, None)
+    need = count_E.tolist()
+    given = need if slots is None else slots(need)
+    used, rows = sum(need), sum(given)
+    order_A = order_A[:used]
+    row_A = torch.arange(used, device=device)
+    if rows > used:  # each expert's rows move up by the fillers before it
+        fillers_E = torch.tensor(given).cumsum(0) - torch.tensor(need).cumsum(0)
+        shift_E = torch.cat([fillers_E.new_zeros(1), fillers_E[:-1]]).to(device)
+        row_A = row_A + shift_E.repeat_interleave(count_E, output_size=used)
+    choice_of_row_R = order_A if rows == used else order_A.new_zeros(rows).scatter_(0, row_A, order_A)
+    used_R = None if rows == used else torch.zeros(rows, dtype=torch.bool, device=device).index_fill_(0, row_A, True)
+    row_of_choice_A = order_A.new_zeros(N * K).scatter_(0, order_A, row_A)
+    return Plan(choice_of_row_R // K, choice_of_row_R, used_R, row_of_choice_A.view(N, K), kept_NK, count_E, given)
 
 
 def dispatch(x_ND: Tensor, plan: Plan) -> Tensor:

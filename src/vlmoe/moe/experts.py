@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmoe.moe.backends import RUN
-from vlmoe.moe.dispatch import Plan
+from vlmoe.moe.backends import BACKENDS, RUN, slots_for
+from vlmoe.moe.dispatch import Plan, Slots
 
 ACTIVATIONS = ("gelu", "relu", "swiglu")
-BACKENDS = ("auto", *RUN)
 INIT_STD = 0.02
 
 
@@ -73,7 +72,8 @@ class Experts(nn.Module):
             raise ValueError(f"experts: expected at least 1, got {experts}")
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.activation, self.inner_norm, self.backend = activation, inner_norm, backend
+        self.activation, self.inner_norm = activation, inner_norm
+        self.backend = "grouped" if backend == "auto" else backend  # it was fastest wherever measured, on CPU and GPU
         self.w1, self.b1, self.w2, self.b2 = _weights((experts,), width, hidden, activation, bias)
         self.reset_parameters()
 
@@ -81,23 +81,19 @@ class Experts(nn.Module):
         """Each expert on its own like a dense layer: truncated normal weights of std 0.02, zero biases."""
         _reset(self)
 
-    def pick_backend(self, dtype: torch.dtype) -> str:
-        """The backend that serves tensors of this dtype on the weights' device."""
-        if self.backend != "auto":
-            return self.backend
-        return "grouped"
+    def slots(self, dtype: torch.dtype) -> Slots | None:
+        """How many rows each expert should get from `plan_dispatch` for products in this dtype."""
+        return slots_for(self.backend, (self.w1, self.w2), dtype)
 
-    def forward(self, x_RD: Tensor, plan: Plan, backend: str) -> Tensor:
-        """y_RD: each row through its expert, in x_RD's dtype. backend must fit the plan's layout: "padded" needs slots,
-        the others segments. Autocast must be off: the weights are cast to x_RD's dtype here."""
-        w1, b1, w2, b2 = (None if p is None else p.to(x_RD.dtype) for p in (self.w1, self.b1, self.w2, self.b2))
-        assert w1 is not None
-        assert w2 is not None
+    def forward(self, x_RD: Tensor, plan: Plan) -> Tensor:
+        """y_RD: each row through its expert, in x_RD's dtype, to which the weights are cast. Autocast must be off."""
+        w1, w2 = self.w1.to(x_RD.dtype), self.w2.to(x_RD.dtype)
+        b1, b2 = (None if b is None else b.to(x_RD.dtype) for b in (self.b1, self.b2))
 
         def act(u: Tensor) -> Tensor:
             return activate(u, self.activation, self.inner_norm)
 
-        return RUN[backend](x_RD, plan, w1, b1, w2, b2, act)
+        return RUN[self.backend](x_RD, plan, w1, b1, w2, b2, act)
 
 
 def check_sizes(width: int, hidden: int, activation: str) -> None:

@@ -136,16 +136,15 @@ class MoELayer(nn.Module):
         routing = route(self.router(x_ND), self.k, noise_std=noise_std, renormalize=self.renormalize)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.experts.w1.dtype
-        backend = self.experts.pick_backend(dtype)
         plan = plan_dispatch(
             routing,
             mask_N,
             capacity_factor=self.capacity_factor if self.training else self.capacity_factor_eval,
             priority=self.priority,
-            padded=backend == "padded",
+            slots=self.experts.slots(dtype),
         )
         with torch.autocast(device, enabled=False):
-            y_RD = self.experts(dispatch(x_ND.to(dtype), plan), plan, backend)
+            y_RD = self.experts(dispatch(x_ND.to(dtype), plan), plan)
             y_ND = combine(y_RD, routing.gate_NK, plan)
         return y_ND.view(x.shape), self._stats(routing, mask_N, plan)
 
