@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import NamedTuple
 
 from vlmoe.data.sample import Span
@@ -11,13 +12,14 @@ Piece = tuple[str, dict[str, str]]  # words, and what is known of them
 
 SPAN_FACTORS = (
     "word_class", "language", "object", "concept", "kind", "script", "colour", "size", "place", "relation", "number",
-    "background",
+    "background", "category",
 )  # fmt: skip
 WORD_CLASSES = (
     "name", "kind", "colour", "size", "place", "relation", "number", "background", "category", "script", "code",
     "character", "value", "function",
 )  # fmt: skip
 
+_OBJECT = re.compile(r"\{o(\d)(:[a-z]+)?\}")
 _TOKEN = re.compile(r"\{([a-z]+)(\d?)(?::([a-z]+))?\}|([^\s{}]+)")
 
 
@@ -52,11 +54,12 @@ def expand(template: str, objects: tuple[str, ...]) -> list[str]:
     """Put every way of saying an object in place of `{o1}`, `{o2:dat}`: the same way for all in one sentence."""
     if "{o" not in template:
         return [template]
+    return [_OBJECT.sub(partial(_numbered, way), template) for way in objects]
 
-    def said(way: str, match: re.Match[str]) -> str:
-        return re.sub(r"\{(\w+)\}", lambda slot: f"{{{slot[1]}{match[1]}{match[2] or ''}}}", way)
 
-    return [re.sub(r"\{o(\d)(:[a-z]+)?\}", lambda m, way=way: said(way, m), template) for way in objects]
+def _numbered(way: str, match: re.Match[str]) -> str:
+    """A way of saying an object, its slots marked with the object's number and case: "{size}" to "{size2:dat}"."""
+    return way.replace("}", f"{match[1]}{match[2] or ''}}}")
 
 
 class Writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vlmoe.config import RecipeError, WorldConfig
@@ -13,25 +14,25 @@ RGB = tuple[int, int, int]
 
 # In the order of the dial: what is easily told apart comes first.
 COLOURS: dict[str, RGB] = {
-    "red": (214, 39, 40),
-    "green": (34, 139, 34),
-    "blue": (31, 80, 220),
-    "yellow": (250, 215, 30),
+    "red": (225, 35, 40),
+    "green": (25, 155, 50),
+    "blue": (40, 95, 245),
+    "yellow": (255, 225, 25),
     "white": (255, 255, 255),
-    "black": (15, 15, 15),
-    "orange": (255, 127, 14),
-    "purple": (140, 50, 190),
-    "pink": (255, 130, 190),
-    "brown": (120, 66, 30),
-    "turquoise": (30, 190, 190),
-    "grey": (150, 150, 150),
+    "black": (10, 10, 10),
+    "orange": (255, 130, 15),
+    "purple": (160, 50, 215),
+    "pink": (255, 135, 195),
+    "brown": (130, 72, 32),
+    "turquoise": (25, 200, 200),
+    "grey": (140, 140, 140),
 }
 BACKGROUNDS: dict[str, RGB] = {
     "white": (250, 250, 250),
-    "black": (5, 5, 5),
-    "beige": (235, 222, 190),
-    "dark blue": (10, 20, 60),
-    "light blue": (120, 175, 225),
+    "black": (0, 0, 0),
+    "beige": (240, 228, 200),
+    "dark blue": (10, 18, 56),
+    "light blue": (140, 195, 240),
 }
 SIZES = ("small", "large")
 PLACES = (
@@ -42,7 +43,7 @@ PLACES = (
 RELATIONS = ("left of", "right of", "above", "below")
 SPLITS = ("train", "val", "handwriting", "font", "attributes")
 
-_CONTRAST = 250  # from here on a background serves a colour; see `contrast`
+_CONTRAST = 500  # from here on a background serves a colour; see `contrast`
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,13 @@ def relations(a: SceneObject, b: SceneObject) -> list[str]:
 
 
 def contrast(a: RGB, b: RGB) -> int:
-    """How far two colours stand apart: weighted RGB distance plus difference in luminance; 0 to about 1000."""
+    """How far two colours stand apart: weighted RGB distance plus three times the luminance's; 0 to 1530.
+
+    Legibility of thin strokes hangs on luminance more than on hue.
+    """
     distance = sum(weight * (x - y) ** 2 for weight, x, y in zip((2, 4, 3), a, b, strict=True))
     luminance = [2126 * c[0] + 7152 * c[1] + 722 * c[2] for c in (a, b)]
-    return int(distance**0.5) + abs(luminance[0] - luminance[1]) // 10000
+    return math.isqrt(distance) + 3 * (abs(luminance[0] - luminance[1]) // 10000)
 
 
 def held_out_colours(concept: Concept, colours: list[str]) -> set[str]:

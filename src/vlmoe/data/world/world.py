@@ -25,7 +25,8 @@ class World:
 
     kind: "image", "text" or "pair". split: "train", or one that shows what training never does (see `scene.SPLITS`).
     patch: pixels; when given, samples with an image carry `patch_factors`. A text is the caption of a scene that
-    nobody shows (a share `captions_in_text` of them) or a fact about a concept.
+    nobody shows (a share `captions_in_text` of them) or a fact about a concept. The factors of spans are shared between
+    samples: read them, do not change them.
 
     Raises:
         RecipeError: a value of the dial that cannot be, an unknown kind or split, a patch that does not divide the
