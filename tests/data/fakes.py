@@ -7,7 +7,7 @@ import numpy as np
 from vlmoe.config import Recipe, from_mapping
 from vlmoe.data.sample import BadSample, Sample, Span
 
-WORDS = "red green blue small large circle square star left right above below of the a".split()
+WORDS = ["red", "green", "blue", "small", "large", "circle", "square", "star", "left", "right", "above", "the", "a"]
 
 
 class FakeSource:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlmoe.data.sample import BadSample
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # of JPEG files with several pictures (MPO) the first is read
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 _ORIENTATION = 0x0112
 _TURNS = {  # EXIF orientation -> what puts it upright
@@ -60,7 +60,7 @@ def decode_image(raw: bytes, key: str, image_size: int, max_pixels: int) -> np.n
 
 def _square(image: Image.Image, size: int) -> np.ndarray:
     turn = _TURNS.get(_orientation(image))
-    if image.format == "JPEG":
+    if image.format in {"JPEG", "MPO"}:
         image.draft(None, (2 * size, 2 * size))
     upright = _to_rgb(image)
     width, height = upright.size

@@ -147,16 +147,16 @@ def held_out(
 ) -> Batch:
     """Samples `start` to `start + n` - 1 of a held-out split, masked as in training, the same for every seed.
 
-    A bad sample is replaced by another of the split. Raises UserError when the split holds fewer samples.
+    Fewer where the split ends (see `held_out_size`). A bad sample is replaced by another of the split. Raises UserError
+    when the split ends before `start`.
     """
     mixture = _held_out_mixture(_identity(recipe), split, kind, factors)
-    if start + n > len(mixture):
+    if start >= len(mixture):
         raise UserError(
-            f"split '{split}' holds {len(mixture)} {kind} samples, and number {start + n} was asked for: "
-            "set eval.samples lower"
+            f"split '{split}' holds {len(mixture)} {kind} samples, and more were asked for: set eval.samples lower"
         )
     collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind, factors)
-    positions = list(range(start, start + n))
+    positions = list(range(start, min(start + n, len(mixture))))
     items: list[Ready] = [mixture.draw(p, collator.ready, []) for p in positions]
     return collator.batch(items, positions, hash64("held out mask", HELD_OUT_SEED, kind, split))
 

@@ -8,22 +8,22 @@ from vlmoe.data.folder import ImageFolder, TextLines
 from vlmoe.data.parquet import ParquetSource
 from vlmoe.data.sample import KINDS, Source
 from vlmoe.data.shards import ShardSource
+from vlmoe.data.world import SPLITS, World, available_splits
 
-WORLD_SPLITS = ("val", "handwriting", "font", "attributes")
-FILE_SPLITS = ("val",)  # one file sample in a hundred, never trained on
+FILE_SPLITS = ("train", "val")  # val: one sample in a hundred, never trained on; see `files.split_rows`
 
 
-def splits_of(source_type: str) -> tuple[str, ...]:
-    """Held-out splits of a type of source."""
-    return WORLD_SPLITS if source_type == "world" else FILE_SPLITS
+def splits_of(source: SourceConfig, data: DataConfig) -> tuple[str, ...]:
+    """The splits that a source offers, "train" first."""
+    return available_splits(data.world) if source.type == "world" else FILE_SPLITS
 
 
 def held_out_splits(recipe: Recipe, kind: str | None = None) -> list[str]:
     """Splits that can be evaluated: those that every kind in the batch offers, or those of one kind."""
     data = recipe.data
     kinds = [kind] if kind else [k for k in KINDS if getattr(data.batch, k)]
-    offered = [{s for source in data.sources if source.kind == k for s in splits_of(source.type)} for k in kinds]
-    return [split for split in WORLD_SPLITS if all(split in splits for splits in offered)]
+    offered = [{s for source in data.sources if source.kind == k for s in splits_of(source, data)} for k in kinds]
+    return [split for split in SPLITS if split != "train" and all(split in splits for splits in offered)]
 
 
 def build_sources(
@@ -37,7 +37,7 @@ def build_sources(
     """
     built: list[tuple[Source, float]] = []
     for config in data.sources:
-        if config.kind != kind or (split != "train" and split not in splits_of(config.type)):
+        if config.kind != kind or split not in splits_of(config, data):
             continue
         built.append((_open(config, data, model, split, seed, factors), config.weight))
     if not built:
@@ -47,8 +47,6 @@ def build_sources(
 
 def _open(config: SourceConfig, data: DataConfig, model: ModelConfig, split: str, seed: int, factors: bool) -> Source:
     if config.type == "world":
-        from vlmoe.data.world import World
-
         return World(data.world, config.kind, split=split, seed=seed, patch=model.patch if factors else None)
     return open_files(config.type, FileOptions.of(config, data, model, split, factors))
 
