@@ -54,6 +54,8 @@ def _launch(run_dir: str, moment: str, workers: int, settings: dict[str, Any]) -
     recipe = toy_recipe(run_dir, **settings)
     recipe.data.workers = workers
     task = toy_task(width=64) if "limit" in moment else toy_task()
+    if not moment.startswith("plot"):  # drawing takes longer than training
+        plots.plot_curves = plots.plot_routing = lambda run_dir: None
     if moment:
         _arm(moment, task)
     try:
@@ -96,7 +98,7 @@ def _arm(moment: str, task: Any) -> None:
             "append": (runlog.RunLog, "_append", _kill),
             "plot": (plots, "plot_curves", _kill),
             "sigterm": (task, "forward", lambda: os.kill(os.getpid(), signal.SIGTERM)),
-            "sigint-twice": (task, "forward", lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]),
+            "sigint-twice": (task, "forward", _signal_twice),
             "group-sigint": (task, "forward", _signal_group),
             "hang": (task, "forward", lambda: signal.pause()),
         }[place]
@@ -118,6 +120,11 @@ def _before(owner: Any, name: str, number: int, action: Callable[[], object]) ->
 
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _signal_twice() -> None:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _signal_group() -> None:

@@ -191,7 +191,7 @@ class Trainer:
                 except RuntimeError:
                     if stop.number is None:  # else: a signal to the whole process group took the workers along
                         raise
-                if self.state.step % config.checkpoint_every == 0:
+                if self.state.step % config.checkpoint_every == 0 and self.state.step < config.steps:
                     self._save()
             complete = self.state.step >= config.steps
             if complete:

@@ -53,7 +53,7 @@ def plot_curves(run_dir: Path) -> Path | None:
         axis.spines[["top", "right"]].set_visible(False)
         if measure == "grad_norm":
             axis.set_yscale("log")
-        if any("/" in name for name in members):
+        if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8, frameon=False)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -67,6 +67,7 @@ def _line(axis: Any, records: list[dict[str, Any]], name: str, label: str, index
     if not points:
         return
     step, value = np.array(points, dtype=float).T
+    label = label or "_"  # matplotlib leaves such labels out of the legend
     colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
     window = 1 if name == "lr" else len(value) // 50
     if window < 2:

@@ -1,0 +1,72 @@
+"""The schedule by hand, clipping by hand, and no parameter forgotten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.train.toy import ToyTask, toy_task
+from vlmoe.config import TrainConfig
+from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (1, 0.25),  # a quarter of the warm-up
+        (2, 0.5),
+        (4, 1.0),  # its end
+        (6, 0.1 + 0.9 * (1 + 2**-0.5) / 2),  # a quarter of the cosine: cos 45° = 1/sqrt 2
+        (8, 0.55),  # half of it: the middle of lr and min_lr
+        (12, 0.1),  # the last step
+        (13, 0.1),
+    ],
+)
+def test_rate_by_hand(step: int, rate: float) -> None:
+    config = TrainConfig(steps=12, warmup=4, lr=1.0, min_lr=0.1)
+    assert learning_rate(step, config) == pytest.approx(rate, rel=1e-12)
+
+
+def test_rate_without_warm_up_or_with_nothing_else() -> None:
+    config = TrainConfig(steps=4, warmup=0, lr=1.0, min_lr=0.0)
+    assert [learning_rate(s, config) for s in (2, 4)] == pytest.approx([0.5, 0.0])
+    config = TrainConfig(steps=4, warmup=8, lr=1.0)
+    assert [learning_rate(s, config) for s in (1, 4)] == [0.125, 0.5]
+    assert learning_rate(4, TrainConfig(steps=4, warmup=0, lr=1e-6, min_lr=1e-5)) == 1e-6  # never above lr
+
+
+def test_groups_keep_their_decay_and_their_scale() -> None:
+    class Scaled(ToyTask):
+        def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+            groups = super().parameter_groups(weight_decay)
+            groups[1]["lr_scale"] = 20.0
+            return groups
+
+    task = Scaled()
+    optimizer = make_optimizer(task, TrainConfig(weight_decay=0.3, beta2=0.95, eps=1e-7))
+    set_learning_rate(optimizer, 0.1)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1, 2.0])
+    assert (optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"]) == ((0.9, 0.95), 1e-7)
+
+
+def test_a_parameter_in_no_group_is_an_error() -> None:
+    class Forgetful(ToyTask):
+        def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
+            return super().parameter_groups(weight_decay)[:1]
+
+    with pytest.raises(ValueError, match=r"Forgetful.parameter_groups leaves out hidden.bias, head.bias"):
+        make_optimizer(Forgetful(), TrainConfig())
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(0.0, 1.0), (10.0, 1.0), (2.5, 0.5)])
+def test_clipping_by_hand(limit: float, scale: float) -> None:
+    task = toy_task()
+    for parameter in task.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    hidden: nn.Linear = task.hidden
+    hidden.weight.grad[0, 0], hidden.bias.grad[1] = 3.0, 4.0  # type: ignore[index]
+    assert clip_gradients(task, limit).item() == pytest.approx(5.0)  # a 3-4-5 triangle over two tensors
+    found = (hidden.weight.grad[0, 0].item(), hidden.bias.grad[1].item())  # type: ignore[index]
+    assert found == pytest.approx((3.0 * scale, 4.0 * scale), rel=1e-5)
