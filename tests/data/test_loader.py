@@ -17,7 +17,7 @@ TOKENIZER = train_wordpiece(WORDS * 2, 128)
 BROKEN = frozenset({3, 8})
 
 
-def fake_sources(data, model, kind, split="train", seed=0, factors=False):  # type: ignore[no-untyped-def]
+def fake_sources(data, model, kind, split="train", seed=0, factors=False):
     name = f"{kind}-{split}"
     return [(FakeSource(kind, 37, f"{name}-a", BROKEN), 2.0), (FakeSource(kind, 11, f"{name}-b"), 1.0)]
 
@@ -89,12 +89,12 @@ def test_a_user_error_in_a_worker_arrives_as_itself(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loader, "build_sources", lambda *a: [(FakeSource(a[2], 5, "bad", everything), 1.0)])
     data = StepData(small_recipe(), TOKENIZER)
     for workers in (0, 1):
-        with pytest.raises(UserError, match="^bad: 16 samples in a row are bad"):
+        with pytest.raises(UserError, match=r"^bad: 16 samples in a row are bad"):
             next(iter(make_loader(data, 0, 3, workers=workers)))
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="more than model.vocabulary = 10"):
+    with pytest.raises(UserError, match=r"more than model.vocabulary = 10"):
         StepData(small_recipe(model__vocabulary=10), TOKENIZER)
 
 

@@ -83,7 +83,7 @@ def test_save_load_and_pickle(tokenizer: TextTokenizer, tmp_path: Path) -> None:
 
 def test_offsets_count_characters_not_bytes(tokenizer: TextTokenizer) -> None:
     text = "é red"
-    ids, offsets = tokenizer.encode(text)
+    _ids, offsets = tokenizer.encode(text)
     start, stop = offsets[-1]
     assert stop == len(text)
     assert text[start:stop].strip() in "red"
@@ -163,15 +163,15 @@ def test_sentencepiece_with_other_special_ids_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("type_", ["hf", "sentencepiece"])
 def test_broken_files_are_named(type_: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing.json: no such file"):
+    with pytest.raises(UserError, match=r"nothing.json: no such file"):
         read_tokenizer(type_, tmp_path / "nothing.json")
     (tmp_path / "odd.json").write_text('{"odd": 1}')
-    with pytest.raises(UserError, match="odd.json: cannot be read as"):
+    with pytest.raises(UserError, match=r"odd.json: cannot be read as"):
         read_tokenizer(type_, tmp_path / "odd.json")
 
 
 def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="missing file text.json"):
+    with pytest.raises(UserError, match=r"missing file text.json"):
         load_text_tokenizer(tmp_path)
     train_wordpiece(TEXTS, 200).save(tmp_path)
     about = json.loads((tmp_path / "text.json").read_text())
