@@ -72,7 +72,8 @@ def _arm(moment: str, task: Any) -> None:
 
     SIGKILL before the call: forward, fsync, rename (commit of a checkpoint, or the start of a removal), rmtree, append
     (a line of a log), plot. half-line: SIGKILL with half of a line of metrics written. sigterm, sigint-twice,
-    group-sigint: signals within forward. limit BYTES: files cannot grow beyond that from the third forward on.
+    group-sigint, group-sigterm: signals within forward; the group's also reach the data workers. limit BYTES: files
+    cannot grow beyond that from the third forward on. hang: wait there for ever.
     """
     place, _, count = moment.partition(" ")
     number = int(count)
@@ -99,7 +100,8 @@ def _arm(moment: str, task: Any) -> None:
             "plot": (plots, "plot_curves", _kill),
             "sigterm": (task, "forward", lambda: os.kill(os.getpid(), signal.SIGTERM)),
             "sigint-twice": (task, "forward", _signal_twice),
-            "group-sigint": (task, "forward", _signal_group),
+            "group-sigint": (task, "forward", lambda: os.killpg(os.getpgrp(), signal.SIGINT)),
+            "group-sigterm": (task, "forward", lambda: os.killpg(os.getpgrp(), signal.SIGTERM)),
             "hang": (task, "forward", lambda: signal.pause()),
         }[place]
         _before(owner, name, number, action)
@@ -125,8 +127,3 @@ def _kill() -> None:
 def _signal_twice() -> None:
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
-
-
-def _signal_group() -> None:
-    """Ctrl-C as a terminal sends it: to the process and to its data workers."""
-    os.killpg(os.getpgrp(), signal.SIGINT)

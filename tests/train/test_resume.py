@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from tests.train import launch
 from tests.train.toy import ToyData, toy_recipe, toy_task
 from vlmoe.train import checkpoint
 from vlmoe.train.loop import train
-from vlmoe.train.runlog import METRICS, ROUTING, SKIPPED, RunError, read_lines
+from vlmoe.train.runlog import METRICS, ROUTING, SKIPPED, RunError, machine, read_lines
 
 STEPS = 6
 
@@ -82,6 +84,25 @@ def test_killed_anywhere_goes_on_exactly(
     assert_tidy(tmp_path)
 
 
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    assert launch.run(tmp_path, "forward 4") == -signal.SIGKILL
+    assert launch.run(tmp_path) == 0
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
+
+
+def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_plots: None) -> None:
+    assert launch.run(tmp_path, "forward 4") == -signal.SIGKILL
+    path = tmp_path / "checkpoints" / "step-2" / "state.json"
+    state = json.loads(path.read_text())
+    state["machine"] = machine(torch.device("cpu")) | {"threads": 64}
+    path.write_text(json.dumps(state))
+    train(toy_recipe(tmp_path), toy_task(), ToyData(), tmp_path)
+    said = capsys.readouterr().out
+    assert f"not the machine of the checkpoint (threads 64 -> {torch.get_num_threads()})" in said
+
+
 def test_killed_again_and_again_with_accumulation_and_workers(
     tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]
 ) -> None:
@@ -103,11 +124,11 @@ def test_killed_from_outside_at_no_chosen_moment(tmp_path: Path, uninterrupted: 
     assert trace(tmp_path) == uninterrupted[1]
 
 
-@pytest.mark.parametrize(("moment", "code"), [("sigterm 3", 143), ("group-sigint 3", 130)])
+@pytest.mark.parametrize(("moment", "code"), [("sigterm 3", 143), ("group-sigint 3", 130), ("group-sigterm 3", 143)])
 def test_a_signal_finishes_the_step_and_saves(
     tmp_path: Path, uninterrupted: dict[int, dict[str, Any]], moment: str, code: int
 ) -> None:
-    assert launch.run(tmp_path, moment, workers=2 if code == 130 else 0) == code
+    assert launch.run(tmp_path, moment, workers=2 if "group" in moment else 0) == code
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [2, 3]
     assert launch.run(tmp_path, keep=2) == 0
     assert trace(tmp_path) == uninterrupted[1]

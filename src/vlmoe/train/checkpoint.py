@@ -230,7 +230,7 @@ def _document(path: Path) -> dict[str, Any]:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise CheckpointError(f"{file}: format {found!r}, this version reads {FORMAT}. {_way_out(path)}")
     missing = ({*State.__dataclass_fields__, "files", "tied"}) - document.keys()
-    missing |= {MODEL, OPTIMIZER} - document.get("files", {}).keys()
+    missing |= {MODEL, OPTIMIZER} - dict(document.get("files") or {}).keys()
     if missing:
         raise CheckpointError(f"{file}: lacks {', '.join(sorted(missing))}. {_way_out(path)}")
     return document

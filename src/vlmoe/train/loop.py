@@ -25,7 +25,7 @@ from vlmoe.tasks.base import StepOutput, Task
 from vlmoe.train import checkpoint
 from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.progress import Display
-from vlmoe.train.runlog import SKIPPED, RunLog, lock_run, machine
+from vlmoe.train.runlog import SKIPPED, RunError, RunLog, lock_run, machine
 from vlmoe.train.signals import StopRequest
 
 CHECKPOINTS = "checkpoints"
@@ -232,7 +232,10 @@ class Trainer:
         began = time.perf_counter()
         step = next(data)
         waited = time.perf_counter() - began
-        self.budget.add(step)
+        try:
+            self.budget.add(step)
+        except OSError as error:
+            raise RunError(f"{self.run_dir / SKIPPED}: cannot be written: {error}") from None
         tokens = self.task.tokens(step.batches)  # counted on the CPU: no waiting for the device
         for clock in (self.launched, self.lap):
             clock.waited += waited
