@@ -79,9 +79,10 @@ def draw_batch(batch: Batch, tokenizer: TextTokenizer, out: Path, title: str) ->
 
     rows = math.ceil(len(batch) / COLUMNS)
     has_image, has_text = batch.image_BCHW is not None, batch.text_BT is not None
-    height = (1.7 if has_image else 0) + (1.15 if has_text else 0.25)
+    height = (1.7 if has_image else 0) + (0.95 if has_text else 0.25)
     figure = Figure(figsize=(3.6 * COLUMNS, height * rows + 0.7))
-    figure.suptitle(f"{title}. Grey patches and [words] are hidden from the model.", fontsize=11)
+    hidden = " and ".join(["grey patches"] * has_image + ["[words]"] * has_text)
+    figure.suptitle(f"{title}. Hidden from the model: {hidden}.", fontsize=11)
     top = 1 - 0.6 / (height * rows + 0.7)
     for b, key in enumerate(batch.keys):
         row, column = divmod(b, COLUMNS)
@@ -101,7 +102,7 @@ def draw_batch(batch: Batch, tokenizer: TextTokenizer, out: Path, title: str) ->
                 axis.imshow(view, interpolation="nearest")
                 axis.set_axis_off()
         if has_text:
-            text = textwrap.fill(mark_hidden(batch, b, tokenizer), 54)
+            text = textwrap.fill(mark_hidden(batch, b, tokenizer), 58, max_lines=6, placeholder=" ...")
             lower = upper - cell * (share + 0.09 if has_image else 0.12)
             figure.text(left, lower, text, fontsize=7.5, va="top", parse_math=False)
     out.parent.mkdir(parents=True, exist_ok=True)
