@@ -12,7 +12,7 @@ from vlmoe.data.world.phrases import Piece, Step, Writer, compile_template, expa
 from vlmoe.data.world.scene import Scene, SceneObject, relations
 
 _COUNTS = ("", "one", "two", "three", "four")
-_CACHED = 50_000  # pieces kept for reuse; beyond that (all concepts, all languages) they are made anew
+_CACHED = 20_000  # pieces kept for reuse; beyond that (all concepts, all languages) they are made anew
 
 
 class Captioner:

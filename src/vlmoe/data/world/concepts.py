@@ -17,7 +17,7 @@ SCRIPTS = ("latin", "greek", "cyrillic", "armenian", "georgian")
 @dataclass(frozen=True, slots=True)
 class Concept:
     """index: on the dial. character: for a handwritten digit the digit it is. name: Unicode's, in lower case.
-    kind: digit (handwritten), letter or symbol. script: one of SCRIPTS, or "common" for what belongs to none.
+    kind: digit (handwritten), letter or symbol. script: one of SCRIPTS for a letter named after it, else "common".
     sort, label: the name in two, "greek small letter" and "alpha with tonos"; a symbol's sort is empty.
     """
 
@@ -49,7 +49,9 @@ def _concept(index: int, character: str) -> Concept:
     sort, label = split_name(name)
     kind = "letter" if unicodedata.category(character)[0] == "L" else "symbol"
     script = name.split()[0]
-    return Concept(index, character, name, kind, script if script in SCRIPTS else "common", sort, label)
+    if kind != "letter" or script not in SCRIPTS:  # signs with a script in their name may belong to none
+        script = "common"
+    return Concept(index, character, name, kind, script, sort, label)
 
 
 def split_name(name: str) -> tuple[str, str]:

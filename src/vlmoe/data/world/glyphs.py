@@ -29,7 +29,8 @@ FACES = {
 TRAIN_FACES, HELD_OUT_FACE = tuple(FACES)[:-1], tuple(FACES)[-1]
 HANDWRITING = "handwriting"  # stands for the face of a handwritten digit
 
-_OVERSAMPLING = 4  # glyphs are drawn this much larger, then area-averaged: no hinting is left and edges are smooth
+# Glyphs are drawn larger, then area-averaged: no hinting is left and edges are smooth.
+_OVERSAMPLING, _OVERSAMPLING_LARGE, _LARGE = 4, 2, 32
 
 
 @lru_cache(maxsize=1)
@@ -73,17 +74,18 @@ def _font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(font_path(face)), pixels, layout_engine=ImageFont.Layout.BASIC)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=16384)
 def digit_mask(sample: int, size: int) -> np.ndarray:
     """Handwritten sample as an alpha mask, uint8 (size, size)."""
     pixels = np.minimum(handwriting()[0][sample].astype(np.int64) * 21, 255).astype(np.uint8)  # 12 of 16 is full ink
     return _fit(Image.fromarray(pixels), size, Image.Resampling.BICUBIC)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=16384)
 def glyph_mask(character: str, face: str, size: int) -> np.ndarray:
     """A character's glyph as an alpha mask, uint8 (size, size). Raises ValueError when it leaves no ink."""
-    core = _font(face, _OVERSAMPLING * size).getmask(character)
+    times = _OVERSAMPLING if size < _LARGE else _OVERSAMPLING_LARGE
+    core = _font(face, times * size).getmask(character)
     if not all(core.size):
         raise ValueError(f"character {character!r}: no ink in face '{face}'")
     return _fit(Image.frombytes("L", core.size, bytes(core)), size, Image.Resampling.BOX)

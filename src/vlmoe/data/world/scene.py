@@ -36,9 +36,9 @@ BACKGROUNDS: dict[str, RGB] = {
 }
 SIZES = ("small", "large")
 PLACES = (
-    "top left", "top center", "top right",
-    "middle left", "center", "middle right",
-    "bottom left", "bottom center", "bottom right",
+    "top left", "top centre", "top right",
+    "middle left", "centre", "middle right",
+    "bottom left", "bottom centre", "bottom right",
 )  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
 SPLITS = ("train", "val", "handwriting", "font", "attributes")

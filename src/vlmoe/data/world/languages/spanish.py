@@ -17,13 +17,13 @@ SPANISH = Language(
     sizes={"small": "pequeño", "large": "grande"},
     places={
         "top left": "arriba a la izquierda",
-        "top center": "arriba en el centro",
+        "top centre": "arriba en el centro",
         "top right": "arriba a la derecha",
         "middle left": "en el medio a la izquierda",
-        "center": "en el centro",
+        "centre": "en el centro",
         "middle right": "en el medio a la derecha",
         "bottom left": "abajo a la izquierda",
-        "bottom center": "abajo en el centro",
+        "bottom centre": "abajo en el centro",
         "bottom right": "abajo a la derecha",
     },
     relations={
