@@ -178,3 +178,10 @@ def test_unknown_kinds_and_splits_are_refused(recipe: Recipe, tmp_path: Path) ->
     with pytest.raises(UserError, match="no source has pair samples for the split 'nowhere'"):
         make_shards(recipe, tmp_path, split="nowhere", samples=1)
     assert "handwriting" in held_out_splits(small_recipe())
+
+
+def test_the_example_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (example,) = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/data.md", "exec"), {})
