@@ -23,7 +23,8 @@ data_app = typer.Typer(help="Make, check and look at data.", no_args_is_help=Tru
 app.add_typer(data_app, name="data")
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help=f"A packaged recipe ({', '.join(recipe_names())}) or a YAML file's path.")
+    str,
+    typer.Argument(metavar="RECIPE", help=f"A packaged recipe ({', '.join(recipe_names())}) or a YAML file's path."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example train.steps=100.")
@@ -89,7 +90,9 @@ def data_make(
     """Write a recipe's data (the embedded world by default) as WebDataset shards."""
     from vlmoe.data.make import make_shards
 
-    paths = make_shards(load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples, per_shard=per_shard)
+    paths = make_shards(
+        load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples, per_shard=per_shard
+    )
     print(f"{samples} samples in {len(paths)} shards: {out}")
 
 

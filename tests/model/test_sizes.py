@@ -9,7 +9,16 @@ from vlmoe.model import Backbone, sizes
 from vlmoe.moe import MoELayer
 from vlmoe.tasks.pretrain import MaskedDataModelling
 
-SMALL = {"width": 32, "depth": 4, "heads": 4, "image_size": 16, "patch": 8, "max_text": 8, "vocabulary": 50, "codes": 12}
+SMALL = {
+    "width": 32,
+    "depth": 4,
+    "heads": 4,
+    "image_size": 16,
+    "patch": 8,
+    "max_text": 8,
+    "vocabulary": 50,
+    "codes": 12,
+}
 
 
 def small(**changes: object) -> ModelConfig:

@@ -1,5 +1,7 @@
 """Masked data modelling: what is predicted, what counts, and that routing is summed once."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,7 +75,9 @@ def test_all_kinds_in_one_step_logged_apart_and_summed() -> None:
     parts = {"pair/mim", "pair/mlm", "image/mim", "text/mlm"}
     assert parts <= set(out.metrics)
     routing = out.loss.detach() - sum(out.metrics[p] for p in parts)
-    balance = sum(0.01 * 2 * out.metrics[f"{m}/balance"] + 0.001 * 2 * out.metrics[f"{m}/z"] for m in ("vision", "text"))
+    balance = sum(
+        0.01 * 2 * out.metrics[f"{m}/balance"] + 0.001 * 2 * out.metrics[f"{m}/z"] for m in ("vision", "text")
+    )
     torch.testing.assert_close(routing, balance, rtol=1e-3, atol=1e-4)  # two sparse blocks for each modality
     assert {"vision/balance", "vision/z", "text/balance", "text/z", "text/entropy", "text/idle"} <= set(out.metrics)
     assert set(out.load) == {"1/vision", "1/text", "3/vision", "3/text"}
@@ -130,7 +134,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 def stats(load: list[float], loss: float, tokens: int) -> RoutingStats:
     """Routing of one pass, with made-up losses."""
     zero = torch.zeros(())
-    fields = {
+    fields: dict[str, Any] = {
         "loss": torch.tensor(loss),
         "losses": {"balance": torch.tensor(loss)},
         "load_E": torch.tensor(load),

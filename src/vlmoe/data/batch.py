@@ -5,7 +5,9 @@ Shape suffixes: B batch · P patches · T text tokens · H, W pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,17 +37,15 @@ class Batch:
     token_factors: list[dict[str, list[str]]] = field(default_factory=list)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Batch:
-        moved = {
-            f.name: v.to(device, non_blocking=non_blocking) if isinstance(v := getattr(self, f.name), Tensor) else v
-            for f in fields(self)
-        }
-        return Batch(**moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        pinned = {
-            f.name: v.pin_memory() if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)
-        }
-        return Batch(**pinned)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
     def __len__(self) -> int:
         return len(self.keys)

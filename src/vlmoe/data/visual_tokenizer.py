@@ -53,8 +53,8 @@ class StoredCodes:
     def encode(self, batch: Batch) -> Tensor:
         if batch.codes_BP is None:
             raise UserError(
-                "data.visual_tokenizer.type is 'codes', but the samples carry none: expected a codes.npy member in each "
-                f"shard entry or a 'codes' column (first sample: {batch.keys[0] if batch.keys else '?'})"
+                "data.visual_tokenizer.type is 'codes', but the samples carry none: expected a codes.npy member in "
+                f"each shard entry or a 'codes' column (first sample: {batch.keys[0] if batch.keys else '?'})"
             )
         largest = int(batch.codes_BP.max())
         if largest >= self.codes:
@@ -82,9 +82,9 @@ class _Mixer(nn.Module):
 class VQTokenizer(nn.Module):
     """A vector-quantised autoencoder whose code grid is the model's patch grid.
 
-    Encoder: patches -> linear -> one mixer -> unit vectors of `dim`. Quantiser: nearest of `codes` unit vectors, learned by moving averages (van den Oord et
-    al. 2017, appendix A.1; cosine distance as in BEiT v2), idle codes moved onto current patches (Dhariwal et al. 2020).
-    Decoder: two mixers -> linear -> pixels.
+    Encoder: patches -> linear -> one mixer -> unit vectors of `dim`. Quantiser: nearest of `codes` unit vectors, learned
+    by moving averages (van den Oord et al. 2017, appendix A.1; cosine distance as in BEiT v2), idle codes moved onto
+    current patches (Dhariwal et al. 2020). Decoder: two mixers -> linear -> pixels.
     """
 
     codebook_VZ: Tensor

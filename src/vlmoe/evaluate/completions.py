@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ def draw(completions: list[Completion], path: Path) -> None:
     plt.close(figure)
 
 
-def _write(axis, y: float, label: str, pieces: list[tuple[str, str]], bold: bool = False) -> float:  # type: ignore[no-untyped-def]
+def _write(axis: Any, y: float, label: str, pieces: list[tuple[str, str]], bold: bool = False) -> float:
     """Write words of several colours from height y on, wrapping at the right edge; returns the next free height."""
     renderer = axis.figure.canvas.get_renderer()
     inverse = axis.transData.inverted()

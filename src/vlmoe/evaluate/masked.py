@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Tally:
     def accuracy(self) -> float:
         return sum(self.right) / max(sum(self.asked), 1)
 
-    def summary(self) -> dict[str, float | int | list[float]]:
+    def summary(self) -> dict[str, Any]:
         """Accuracy, its 95% bootstrap interval over samples (fixed resampling seed) and the number of predictions."""
         right, asked = np.array(self.right), np.array(self.asked)
         if not len(asked):
@@ -67,7 +68,7 @@ def fill_in(model: MaskedDataModelling, batch: Batch, view: str = "seen") -> Ten
     return filled_BT
 
 
-def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, object]:
+def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, Any]:
     """Accuracy on the hidden text of pairs for each view, also by word class where the data knows it.
 
     `gap`: accuracy with the image less the better of the two accuracies without it, in points.
@@ -101,7 +102,7 @@ def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[st
 
 
 @torch.no_grad()
-def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, object]:
+def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, Any]:
     """Accuracy on the codes of hidden patches, beside the share of the most frequent code (the majority guess)."""
     tally, codes = Tally(), Counter[int]()
     assert model.visual_tokenizer is not None
@@ -118,10 +119,10 @@ def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[s
 
 
 @torch.no_grad()
-def expert_use(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, dict[str, object]]:
-    """"block/modality" -> share of the assignments each expert took, largest over mean load, idle experts."""
+def expert_use(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, dict[str, Any]]:
+    """ "block/modality" -> share of the assignments each expert took, largest over mean load, idle experts."""
     routed = [item for batch in batches for item in model.run(batch).stats.items()]
-    table: dict[str, dict[str, object]] = {}
+    table: dict[str, dict[str, Any]] = {}
     for name, load_E in summarise_routing(routed)[2].items():
         share_E = (load_E / load_E.sum().clamp_min(1)).cpu()
         table[name] = {
@@ -137,7 +138,7 @@ def evaluate_masked(
     batches_of: Callable[[str, str], Iterable[Batch]],
     splits: Iterable[str],
     kinds: Iterable[str],
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """All scores of a pre-trained model.
 
     batches_of(split, kind): held-out batches on the model's device. Returns {"splits": {split: scores}, "experts": …}.
@@ -146,10 +147,10 @@ def evaluate_masked(
     model.eval()
     kinds = tuple(kinds)
     try:
-        report: dict[str, dict[str, object]] = {}
+        report: dict[str, dict[str, Any]] = {}
         splits = tuple(splits)
         for split in splits:
-            scores: dict[str, object] = {}
+            scores: dict[str, Any] = {}
             if "pair" in kinds:
                 scores["text"] = text_scores(model, batches_of(split, "pair"))
                 scores["image"] = image_scores(model, batches_of(split, "pair"))

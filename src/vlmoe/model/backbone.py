@@ -5,6 +5,7 @@ Shape suffixes: B batch · T sequence · D width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,9 @@ from vlmoe.config import ModelConfig
 from vlmoe.model.block import Block
 from vlmoe.model.embed import ImageEmbedding, TextEmbedding
 from vlmoe.model.segments import Part, Segment, join
-from vlmoe.moe import FeedForward, MoELayer, RoutingStats, replay_context_fn
+from vlmoe.moe import Experts, FeedForward, MoELayer, RoutingStats, replay_context_fn
 
-INIT_STD = 0.02
+INIT_STD, BASE_WIDTH = 0.02, 768
 
 
 @dataclass
@@ -64,18 +65,26 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Truncated normal of std 0.02 for matrices, zero for biases; the last matrix of each residual branch is
-        divided by sqrt(2 * its block's number), which keeps the residual stream's size from growing with depth (BEiT).
+        """Truncated normal of std 0.02 at width 768 and 0.02 * sqrt(768 / width) at others, zero for biases.
+
+        0.02 is the published std of the base size (BEiT, BEiT-3); kept at width 128 it makes attention nearly uniform
+        and training slow to start. The last matrix of each residual branch is divided by sqrt(2 * its block's number),
+        which keeps the residual stream's size from growing with depth (BEiT).
         """
+        std = INIT_STD * math.sqrt(BASE_WIDTH / self.config.width)
         for module in self.modules():
             if isinstance(module, (MoELayer, FeedForward, nn.LayerNorm)):
                 module.reset_parameters()
-            elif isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                if isinstance(module, nn.Linear):
-                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+            elif isinstance(module, (Experts, FeedForward)):
+                nn.init.trunc_normal_(module.w1, std=std)
+                nn.init.trunc_normal_(module.w2, std=std)
         for parameter in (self.image.class_token, self.image.mask_token, self.image.position, self.text.position):
-            nn.init.trunc_normal_(parameter, std=INIT_STD)
+            nn.init.trunc_normal_(parameter, std=std)
         for number, block in enumerate(self.blocks, start=1):
             for name, parameter in block.named_parameters():
                 if name.endswith(".w2") or (".out." in name and name.endswith("weight")):

@@ -43,9 +43,8 @@ class ImageEmbedding(nn.Module):
         """
         expected = (3, self.image_size, self.image_size)
         if tuple(image_BCHW.shape[1:]) != expected or image_BCHW.dtype != torch.uint8:
-            raise ValueError(
-                f"images: got {image_BCHW.dtype} {tuple(image_BCHW.shape)}, expected uint8 (B, {', '.join(map(str, expected))})"
-            )
+            wanted = f"uint8 (B, {', '.join(map(str, expected))})"
+            raise ValueError(f"images: got {image_BCHW.dtype} {tuple(image_BCHW.shape)}, expected {wanted}")
         x_BPD = self.project(patchify(to_unit(image_BCHW), self.patch).to(self.project.weight.dtype))
         if mask_BP is not None:
             x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)

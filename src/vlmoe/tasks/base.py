@@ -38,7 +38,8 @@ class Task(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """AdamW groups: matrices and embeddings decay; biases, norms, positions and single tokens do not."""
-        decay, rest = [], []
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 last = name.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""A trained model as plain files, and back: safetensors for weights, JSON for the recipe, the tokenizers beside them."""
+"""A trained model as plain files, and back: weights as safetensors, the recipe as JSON, the tokenizers beside."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Pretrained:
 
 
 def export(model: MaskedDataModelling, recipe: Recipe, tokenizers: Path, folder: Path) -> None:
-    """Write a model folder: weights, config.json and a copy of the tokenizers' files. It appears whole or not at all."""
+    """Write a model folder: weights, config.json, a copy of the tokenizers' files. It appears whole or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,8 +160,11 @@ class Trainer:
                 self.log.close()
             result = self._result(stopped_by)
             if stopped_by is not None:
-                at = f"step {self.state.step} of {steps}"
-                display.say(f"stopped at {at}, saved; the same command goes on from there")
+                done = self.state.step > 0
+                saved = "saved; the same command goes on from there" if done else "before there was anything to save"
+                display.say(
+                    f"stopped by {signal.Signals(stopped_by).name} at step {self.state.step} of {steps}, {saved}"
+                )
             else:
                 self._plot(display)
             return result
@@ -305,7 +309,8 @@ class Trainer:
         except OSError as error:  # the weights are safe: no reason to fail
             display.say(f"{self.run_dir}: no plots, the disk refused them: {error}")
             return
-        display.say("plots: " + ", ".join(str(path) for path in drawn if path))
+        if any(drawn):
+            display.say("plots: " + ", ".join(str(path) for path in drawn if path))
 
     def _result(self, stopped_by: int | None) -> TrainResult:
         seconds, speed, wait_share = self.launched.rates() if self.state.step > self.resumed_from else (0.0, 0.0, 0.0)

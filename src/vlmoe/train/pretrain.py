@@ -77,7 +77,12 @@ def _train_visual_tokenizer(
     config = recipe.data.visual_tokenizer
     unseen = held_out(recipe, text_tokenizer, "val", kind, 0, min(256, recipe.eval.samples)).image_BCHW
     assert unseen is not None
-    columns = (TextColumn("visual tokenizer"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    columns = (
+        TextColumn("visual tokenizer"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=config.steps, loss=float("nan"))
         tokenizer, report = train_vq(
