@@ -1,4 +1,7 @@
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -51,6 +54,19 @@ def test_any_number_of_workers_gives_the_same_batches() -> None:
     assert same_steps(runs[0], runs[2])
     assert same_steps(runs[0], [data[n] for n in range(2, 9)])
     assert sum(len(step.bad) for step in runs[0]) > 0
+
+
+def test_spawned_workers_give_the_same_batches_and_ctrl_c_does_not_end_them() -> None:
+    data = StepData(small_recipe(), TOKENIZER)
+    steps = iter(make_loader(data, 0, 1000, workers=1, context="spawn"))
+    first = next(steps)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGINT)  # what Ctrl-C sends to every process of the group
+    assert same_steps([first, *(next(steps) for _ in range(20))], [data[n] for n in range(21)])
+    del steps
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_resuming_in_the_middle_of_an_epoch_changes_nothing() -> None:

@@ -169,7 +169,7 @@ def test_wrong_inputs_are_named() -> None:
         backbone.image(torch.zeros(1, 3, 24, 24, dtype=torch.uint8))
     with pytest.raises(ValueError, match="float32"):
         backbone.image(torch.zeros(1, 3, 16, 16))
-    with pytest.raises(ValueError, match="at most model.max_text = 8"):
+    with pytest.raises(ValueError, match=r"at most model\.max_text = 8"):
         backbone.text(text(1, 9))
     with pytest.raises(ValueError, match="at least one part"):
         backbone([])

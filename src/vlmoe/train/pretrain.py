@@ -94,9 +94,10 @@ def _train_visual_tokenizer(
             device,
             progress=lambda step, loss: bar.update(task, completed=step, loss=loss),
         )
+    used, explained = 100 * report["used"], 100 * (1 - report["unexplained"])
     console.print(
-        f"visual tokenizer: {recipe.model.codes} codes, {100 * report['used']:.0f}% in use on held-out images "
-        f"(perplexity {report['perplexity']:.0f}), {100 * (1 - report['unexplained']):.0f}% of the pixels' variance explained",
+        f"visual tokenizer: {recipe.model.codes} codes, on held-out images {used:.0f}% in use "
+        f"(perplexity {report['perplexity']:.0f}) and {explained:.0f}% of the pixels' variance explained",
         highlight=False,
     )
     return tokenizer
