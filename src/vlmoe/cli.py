@@ -91,7 +91,7 @@ def data_make(
     from vlmoe.data.make import make_shards
 
     paths = make_shards(
-        load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples, per_shard=per_shard
+        load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples, per_shard=per_shard, progress=True
     )
     print(f"{samples} samples in {len(paths)} shards: {out}")
 
@@ -109,7 +109,7 @@ def data_check(
     """
     from vlmoe.data.check import check_data, print_check
 
-    report = check_data(path, kind=kind, type=type_)
+    report = check_data(path, kind=kind, type=type_, progress=not as_json)
     if as_json:
         _print_json(report)
     else:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmoe.data.batch import Batch
-from vlmoe.data.loader import held_out
+from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.sources import held_out_splits
 from vlmoe.evaluate.completions import Completion, complete, draw
 from vlmoe.evaluate.masked import evaluate_masked
@@ -33,14 +33,15 @@ def evaluate_run(run: Path, device: str = "auto", samples: int | None = None) ->
     count = samples or recipe.eval.samples
 
     def batches_of(split: str, kind: str) -> Iterable[Batch]:
-        for start in range(0, count, recipe.eval.batch):
-            size = min(recipe.eval.batch, count - start)
+        available = min(count, held_out_size(recipe, split, kind))
+        for start in range(0, available, recipe.eval.batch):
+            size = min(recipe.eval.batch, available - start)
             batch = held_out(recipe, trained.text_tokenizer, split, kind, start, size, factors=True)
             yield batch.to(torch.device(device))
 
     kinds = [kind for kind in ("pair", "image") if getattr(recipe.data.batch, kind)]
     report = evaluate_masked(trained.model, batches_of, held_out_splits(recipe), kinds)
-    report["samples_per_split"] = count
+    report["samples_per_split"] = count  # at most: a split of files may hold fewer
     if "pair" in kinds and recipe.eval.pictures:
         shown = _completions(trained, recipe.eval.pictures, torch.device(device))
         draw(shown, run / PICTURE)
