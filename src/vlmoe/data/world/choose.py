@@ -5,7 +5,8 @@
 Candidates are the code points that stand in all six faces. Well-known characters come first, diacritics last. One that
 looks like an earlier one, whatever the faces of the two, is left out: a picture could not tell which of them it shows.
 Looking alike means that the masks at 16 pixels differ by less than an eighth of the ink; all ink fills the box, so size
-does not count. Small letters that are their capital drawn smaller, by that measure doubled, go too. The list is kept as a file because the rule reads pixels, and a new font rasteriser must not renumber
+does not count. Small letters that are their capital drawn smaller go too: those nearer to it than twice that, and those
+named in DOUBLES. The list is kept as a file because the rule reads pixels, and a new font rasteriser must not renumber
 the world.
 """
 
@@ -29,7 +30,7 @@ FIRST = (
     "абвгдежзийклмнопрстуфхцчшщъыьэюя"
 )
 # Shapes that differ from an earlier one in size or serif alone, which the measure overrates.
-DOUBLES = "∑∏◆οcosvwxzвгджзийклмнптуцчшщъыьэюя"
+DOUBLES = "∑∏◆cosvwxzοосхѕөօвгджзийклмнптуцчшщъыьэюя"
 
 
 def candidates() -> list[str]:
@@ -41,6 +42,7 @@ def candidates() -> list[str]:
     usable = {chr(c) for c in common if unicodedata.category(chr(c)) not in left_out and not chr(c).isascii()}
     usable |= {chr(c) for c in common if 32 < c < 127 and not chr(c).isdigit()}
     usable.discard("\ufffc")  # object replacement character: no ink
+    usable = {c for c in usable if "SMALL CAPITAL" not in unicodedata.name(c)}
     return [c for c in FIRST if c in usable] + sorted(usable - set(FIRST), key=lambda c: (_group(c), c))
 
 
