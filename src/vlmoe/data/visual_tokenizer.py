@@ -10,6 +10,7 @@ Shape suffixes: B batch · H, W pixels · P patches · G patches along a side ·
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,7 +213,10 @@ def train_vq(
     tokenizer.to(device).train()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.05)
+    warmup = max(1, config.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    )
     for step in range(config.steps):
         loss, _ = tokenizer.loss(next(images).to(device), generator)
         optimizer.zero_grad(set_to_none=True)

@@ -64,7 +64,7 @@ def plan_dispatch(
     Each expert takes at most ceil(capacity_factor * K * real tokens / E) choices; None takes all. priority: "batch"
     keeps the largest gates (V-MoE's batch priority, here by the choice's own gate), "arrival" the first tokens.
     slots: how many rows an expert gets, at least as many as it needs; None for exactly as many.
-    Everything follows from integer outputs of `topk` and `sort`, so that a recomputation can replay it.
+    Everything follows from integer outputs of `argmax`, `topk` and `sort`, so that a recomputation can replay it.
     """
     index_NK = routing.expert_index_NK
     (N, K), E, device = index_NK.shape, routing.logits_NE.shape[1], index_NK.device

@@ -5,9 +5,12 @@ Shape suffixes: R rows in expert order · D width · H hidden · U = H, or 2H fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vlmoe.moe.backends import BACKENDS, RUN, slots_for
 from vlmoe.moe.dispatch import Plan, Slots
@@ -24,8 +27,7 @@ def activate(u: Tensor, activation: str, inner_norm: bool) -> Tensor:
     absorbs (its rows are scaled, its bias moved).
     """
     if activation == "swiglu":
-        gate, up = u.chunk(2, dim=-1)
-        h = F.silu(gate) * up
+        h = _SwiGLU.apply(u)
     else:
         h = F.gelu(u) if activation == "gelu" else F.relu(u)
     return F.layer_norm(h, h.shape[-1:]).to(u.dtype) if inner_norm else h
@@ -94,6 +96,28 @@ class Experts(nn.Module):
             return activate(u, self.activation, self.inner_norm)
 
         return RUN[self.backend](x_RD, plan, w1, b1, w2, b2, act)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(first half) * second half. Keeps only its input, and writes both halves of the gradient into one tensor,
+    where plain autograd keeps silu as well and joins the halves by a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        ctx.save_for_backward(u)
+        gate, up = u.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor) -> Tensor:
+        (u,) = ctx.saved_tensors
+        gate, up = u.chunk(2, dim=-1)
+        grad_u = torch.empty_like(u)
+        grad_gate, grad_up = grad_u.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad_h * up, gate, grad_input=grad_gate)
+        torch.mul(grad_h, F.silu(gate), out=grad_up)
+        return grad_u
 
 
 def check_sizes(width: int, hidden: int, activation: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 ROUTING_OPS = (
+    torch.ops.aten.argmax.default,
     torch.ops.aten.topk.default,
     torch.ops.aten.sort.default,
     torch.ops.aten.sort.stable,

@@ -35,11 +35,13 @@ def route(logits_NE: Tensor, k: int, *, noise_std: float = 0.0, renormalize: boo
     """Each token takes its k experts of largest logit; gates are the softmax over all experts (V-MoE, eq. 2-4).
 
     noise_std adds that much Gaussian noise to the logits first. renormalize divides the k gates by their sum.
-    The choice follows from the output of `topk` alone (see `vlmoe.moe.replay`).
+    The choice follows from the output of `argmax` or `topk` alone (see `vlmoe.moe.replay`).
     """
     noisy_NE = logits_NE + noise_std * torch.randn_like(logits_NE) if noise_std > 0 else logits_NE
     probs_NE = noisy_NE.softmax(dim=-1)
-    expert_index_NK = noisy_NE.detach().topk(k, dim=-1).indices
+    chosen_from = noisy_NE.detach()
+    # argmax is several times as fast as topk
+    expert_index_NK = chosen_from.argmax(-1, keepdim=True) if k == 1 else chosen_from.topk(k, dim=-1).indices
     gate_NK = probs_NE.gather(-1, expert_index_NK)
     if renormalize:
         gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True)

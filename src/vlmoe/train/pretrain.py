@@ -18,7 +18,8 @@ from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenize
 from vlmoe.model import describe
 from vlmoe.tasks.export import export, load_visual_tokenizer
 from vlmoe.tasks.pretrain import MaskedDataModelling
-from vlmoe.train.loop import TrainResult, pick_device, train
+from vlmoe.train import checkpoint
+from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
 from vlmoe.train.runlog import lock_run
 
 TOKENIZERS, MODEL = "tokenizers", "model"
@@ -34,6 +35,9 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     device = pick_device(recipe.train.device)
     console.print(describe(recipe.name, recipe.model), highlight=False, markup=False)
     with lock_run(run_dir):  # from here on: two launches must not train the same tokenizers either
+        found = checkpoint.newest(run_dir / CHECKPOINTS)
+        if found is not None:  # before the tokenizers, which belong to the recipe as well
+            checkpoint.check_recipe(found, recipe)
         text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
         visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
         torch.manual_seed(recipe.seed)
