@@ -16,7 +16,7 @@ from vlmoe.config import ModelConfig
 from vlmoe.model.block import Block
 from vlmoe.model.embed import ImageEmbedding, TextEmbedding
 from vlmoe.model.segments import Part, Segment, join
-from vlmoe.moe import Experts, FeedForward, MoELayer, RoutingStats, replay_context_fn
+from vlmoe.moe import Experts, FeedForward, Router, RoutingStats, replay_context_fn
 
 INIT_STD, BASE_WIDTH = 0.02, 768
 
@@ -73,14 +73,13 @@ class Backbone(nn.Module):
         """
         std = INIT_STD * math.sqrt(BASE_WIDTH / self.config.width)
         for module in self.modules():
-            if isinstance(module, (MoELayer, FeedForward, nn.LayerNorm)):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-        for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=std)
-            elif isinstance(module, (Experts, FeedForward)):
+                if isinstance(module, nn.Linear):
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, Router, Experts, FeedForward)):
+                module.reset_parameters()
+            if isinstance(module, (Experts, FeedForward)):
                 nn.init.trunc_normal_(module.w1, std=std)
                 nn.init.trunc_normal_(module.w2, std=std)
         for parameter in (self.image.class_token, self.image.mask_token, self.image.position, self.text.position):

@@ -6,6 +6,7 @@ the gradient of `StepOutput.loss` and logs the rest.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -27,14 +28,14 @@ class StepOutput:
     load: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
+    @abstractmethod
     def forward(self, batches: dict[str, Batch]) -> StepOutput:
         """Losses of one micro-batch. batches: "image", "text", "pair" -> Batch, those the recipe asks for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, batches: dict[str, Batch]) -> int:
         """Tokens the backbone processes for these batches, padding not counted; for throughput."""
-        raise NotImplementedError
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
         """AdamW groups: matrices and embeddings decay; biases, norms, positions and single tokens do not."""
@@ -51,3 +52,4 @@ class Task(nn.Module):
     @torch.no_grad()
     def prepare(self, device: torch.device) -> None:
         """Called once, after the module moved to `device` and before the first step."""
+        return
