@@ -26,10 +26,7 @@ def activate(u: Tensor, activation: str, inner_norm: bool) -> Tensor:
     sub-LN: a LayerNorm over the hidden units, here without scale and shift, which the linear layer that follows
     absorbs (its rows are scaled, its bias moved).
     """
-    if activation == "swiglu":
-        h = _SwiGLU.apply(u)
-    else:
-        h = F.gelu(u) if activation == "gelu" else F.relu(u)
+    h = _SwiGLU.apply(u) if activation == "swiglu" else getattr(F, activation)(u)
     return F.layer_norm(h, h.shape[-1:]).to(u.dtype) if inner_norm else h
 
 
