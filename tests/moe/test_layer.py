@@ -1,6 +1,7 @@
 """The sparse layer as a whole: backends against the oracle, and what must not depend on anything."""
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -65,6 +66,23 @@ def test_backends_equal_the_loop(backend: str, options: dict[str, Any], padding:
     mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(3)) > 0.3 if padding else None
     expected = results(layer(backend="loop", **options), x, mask)
     assert_same(results(layer(backend=backend, **options), x, mask), expected)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("padding", [False, True])
+def test_the_gpu_path_equals_the_loop(options: dict[str, Any], padding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU counts stay on the device, unkept choices fill the end, and torch's grouped kernel computes. The kernel
+    exists for CPU tensors too, so all but the device can be tested anywhere."""
+    x = tokens(3, 11, dtype=torch.float32)
+    mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(3)) > 0.3 if padding else None
+    expected = results(layer(backend="loop", dtype=torch.float32, **options), x, mask)
+    module = import_module("vlmoe.moe.dispatch")  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "_on_host", lambda device: False)
+    monkeypatch.setattr("vlmoe.moe.backends.has_kernel", lambda weights, dtype: True)
+    for backend in ("grouped", "loop", "padded"):
+        got = results(layer(backend=backend, dtype=torch.float32, **options), x, mask)
+        for name in got:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 @given(data=st.data())
@@ -303,6 +321,19 @@ def test_without_replay_the_disturbance_would_show() -> None:
     first = moe(x)[1].expert_index_NK
     moe.router.register_forward_hook(lambda m, i, o: o + torch.randn_like(o))
     assert not torch.equal(first, moe(x)[1].expert_index_NK)
+
+
+def test_compiles() -> None:
+    """Graph breaks are allowed, other numbers are not."""
+    moe, x = layer(k=2, noise=0.0), tokens(12)
+    expected = results(moe, x, None)
+    moe.zero_grad()
+    x = x.clone().requires_grad_()
+    y, stats = torch.compile(moe, backend="eager")(x)
+    (y.sin().sum() + stats.loss).backward()
+    torch.testing.assert_close(y.detach(), expected["y"])
+    for name, p in moe.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
 
 
 def test_built_on_meta_and_materialised() -> None:

@@ -112,7 +112,7 @@ def _lay_out(
     """Rows for choices that `order_A` lists by expert, those without a row last."""
     (N, K), device = shape, order_A.device
     kept_NK = None if kept_A is None else kept_A.view(N, K)
-    if slots is None and device.type != "cpu":  # how many choices are kept is only known on the device
+    if slots is None and not _on_host(device):  # how many choices are kept is only known on the device
         used_R = None if kept_A is None else kept_A[order_A]
         row_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(N * K, device=device))
         return Plan(order_A // K, order_A, used_R, row_A.view(N, K), kept_NK, count_E, None)
@@ -129,6 +129,10 @@ def _lay_out(
     used_R = None if rows == used else torch.zeros(rows, dtype=torch.bool, device=device).index_fill_(0, row_A, True)
     row_of_choice_A = order_A.new_zeros(N * K).scatter_(0, order_A, row_A)
     return Plan(choice_of_row_R // K, choice_of_row_R, used_R, row_of_choice_A.view(N, K), kept_NK, count_E, given)
+
+
+def _on_host(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def dispatch(x_ND: Tensor, plan: Plan) -> Tensor:
