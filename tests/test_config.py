@@ -49,6 +49,9 @@ def test_the_papers_recipes_are_packaged() -> None:
         ({"data": {"batch": {"image": 0, "text": 0, "pair": 0}}}, ["data.batch", "at least one kind"]),
         ({"data": {"sources": [{"kind": "pair"}]}}, ["data.batch.image", "no image source"]),
         ({"data": {"sources": [{"type": "shards", "kind": "pair"}]}}, ["data.sources[0].path"]),
+        ({"model": {"text": {"router": {"load": 0.1, "noise": 0}}}}, ["model.text.router.noise", "load loss"]),
+        ({"train": {"warmup": -1}}, ["train.warmup", "got -1", "not below 0"]),
+        ({"eval": {"samples": 0}}, ["eval.samples", "at least 2"]),
         ({"data": {"masking": {"patches": 1.0}}}, ["data.masking.patches", "between 0 and 1"]),
     ],
 )

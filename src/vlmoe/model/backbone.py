@@ -18,8 +18,6 @@ from vlmoe.model.embed import ImageEmbedding, TextEmbedding
 from vlmoe.model.segments import Part, Segment, join
 from vlmoe.moe import Experts, FeedForward, Router, RoutingStats, replay_context_fn
 
-INIT_STD, BASE_WIDTH = 0.02, 768
-
 
 @dataclass
 class BackboneOutput:
@@ -65,13 +63,13 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Truncated normal of std 0.02 at width 768 and 0.02 * sqrt(768 / width) at others, zero for biases.
+        """Truncated normal of std 1/sqrt(width) for matrices, zero for biases.
 
-        0.02 is the published std of the base size (BEiT, BEiT-3); kept at width 128 it makes attention nearly uniform
-        and training slow to start. The last matrix of each residual branch is divided by sqrt(2 * its block's number),
+        At width 768 that is 0.036, near BEiT's fixed 0.02, which at width 128 makes attention nearly uniform and
+        training slow to start. The last matrix of each residual branch is divided by sqrt(2 * its block's number),
         which keeps the residual stream's size from growing with depth (BEiT).
         """
-        std = INIT_STD * math.sqrt(BASE_WIDTH / self.config.width)
+        std = 1 / math.sqrt(self.config.width)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=std)
@@ -82,8 +80,8 @@ class Backbone(nn.Module):
             if isinstance(module, (Experts, FeedForward)):
                 nn.init.trunc_normal_(module.w1, std=std)
                 nn.init.trunc_normal_(module.w2, std=std)
-        for parameter in (self.image.class_token, self.image.mask_token, self.image.position, self.text.position):
-            nn.init.trunc_normal_(parameter, std=std)
+        self.image.reset_parameters(std)
+        nn.init.trunc_normal_(self.text.position, std=std)
         for number, block in enumerate(self.blocks, start=1):
             for name, parameter in block.named_parameters():
                 if name.endswith(".w2") or (".out." in name and name.endswith("weight")):

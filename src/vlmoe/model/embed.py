@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from vlmoe.model.segments import Part
 
+POSITION_SCALE = 2.0  # of the sines and cosines; patches project to a standard deviation of about 1
+
 
 def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
     """Cut images into square patches, row by row: (B, C, H, W) -> (B, P, C * patch * patch)."""
@@ -36,6 +38,17 @@ class ImageEmbedding(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, 1 + patches, width))
 
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Positions start as 2D sines and cosines (MAE) and not smaller than what patches show: drawn small at random,
+        where something stands is learned long after what it is. Everything is trained."""
+        for parameter in (self.project.weight, self.class_token, self.mask_token):
+            nn.init.trunc_normal_(parameter, std=std)
+        nn.init.zeros_(self.project.bias)
+        side = self.image_size // self.patch
+        self.position.zero_()
+        self.position[0, 1:] = POSITION_SCALE * sincos_2d(side, self.position.shape[-1])
+
     def forward(self, image_BCHW: Tensor, mask_BP: Tensor | None = None) -> Part:
         """image_BCHW: uint8 (B, 3, image_size, image_size). mask_BP: True where the patch is hidden.
 
@@ -50,6 +63,19 @@ class ImageEmbedding(nn.Module):
             x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)
         first = self.class_token.to(x_BPD.dtype).expand(x_BPD.shape[0], -1, -1)
         return Part("vision", torch.cat([first, x_BPD], dim=1) + self.position)
+
+
+def sincos_2d(side: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, (side * side, width): a quarter of the width each for sin and cos of each,
+    in wavelengths from 2 pi to 10,000 * 2 pi patches (Vaswani et al. 2017, in two dimensions as in MAE)."""
+    quarter = width // 4
+    frequency = 10_000 ** -(torch.arange(quarter) / max(quarter, 1))
+    angle = torch.arange(side)[:, None] * frequency
+    one = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, width / 2)
+    row, column = one.repeat_interleave(side, dim=0), one.repeat(side, 1)
+    table = torch.zeros(side * side, width)
+    table[:, : 4 * quarter] = torch.cat([row, column], dim=1)
+    return table
 
 
 class TextEmbedding(nn.Module):

@@ -86,7 +86,7 @@ def similar_loads(need: list[int], waste: float = 0.06) -> list[tuple[int, int, 
 
 def has_kernel(weights: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     """Whether torch's grouped kernel serves these weights well: on an Ampere GPU or newer, with strides that are
-    multiples of 16 bytes as it demands. Its CPU version is slower than `_batched_linear`."""
+    multiples of 16 bytes as it demands. On a CPU `_batched_linear` serves."""
     device = weights[0].device
     return (
         device.type == "cuda"

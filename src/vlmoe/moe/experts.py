@@ -72,7 +72,7 @@ class Experts(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         self.activation, self.inner_norm = activation, inner_norm
-        self.backend = "grouped" if backend == "auto" else backend  # it was fastest wherever measured, on CPU and GPU
+        self.backend = "grouped" if backend == "auto" else backend
         self.w1, self.b1, self.w2, self.b2 = _weights((experts,), width, hidden, activation, bias)
         self.reset_parameters()
 

@@ -1,0 +1,53 @@
+"""The recipe: one typed description of a run, read from YAML and command-line overrides.
+
+A recipe is a tree of plain dataclasses. Reading is strict: an unknown key, a wrong type or an impossible value is a
+`RecipeError` that names the key, what it got and what it wanted. Anyone may import this package; it imports nothing of
+ours.
+"""
+
+from vlmoe.config.reading import from_mapping, known_keys, load_recipe, recipe_names, to_mapping, to_yaml
+from vlmoe.config.schema import (
+    BatchConfig,
+    DataConfig,
+    EvalConfig,
+    MaskingConfig,
+    ModalityConfig,
+    ModelConfig,
+    Recipe,
+    RecipeError,
+    RouterConfig,
+    RunConfig,
+    SourceConfig,
+    TextTokenizerConfig,
+    TrainConfig,
+    UserError,
+    VisualTokenizerConfig,
+    WorldConfig,
+    sparse_blocks,
+)
+
+__all__ = [
+    "BatchConfig",
+    "DataConfig",
+    "EvalConfig",
+    "MaskingConfig",
+    "ModalityConfig",
+    "ModelConfig",
+    "Recipe",
+    "RecipeError",
+    "RouterConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TextTokenizerConfig",
+    "TrainConfig",
+    "UserError",
+    "VisualTokenizerConfig",
+    "WorldConfig",
+    "from_mapping",
+    "known_keys",
+    "load_recipe",
+    "recipe_names",
+    "sparse_blocks",
+    "to_mapping",
+    "to_yaml",
+]

@@ -1,0 +1,174 @@
+"""From YAML and overrides to a recipe, strictly."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmoe.config import schema as schemas
+from vlmoe.config.schema import Recipe, RecipeError
+from vlmoe.config.validation import validate
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    folder = resources.files("vlmoe.recipes")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a packaged recipe by name or a YAML file by path, then apply `key=value` overrides.
+
+    Raises:
+        RecipeError: no such recipe, unreadable YAML, unknown key, wrong type or impossible value.
+    """
+    text, name = _read(recipe)
+    try:
+        given = OmegaConf.create(text)
+    except Exception as error:  # the YAML parser's own errors carry line and column
+        raise RecipeError(f"recipe {recipe}: not valid YAML: {error}") from None
+    if not isinstance(given, DictConfig):
+        raise RecipeError(f"recipe {recipe}: expected a mapping of keys at the top, got {type(given).__name__}")
+    for override in overrides or []:
+        key, sep, value = override.partition("=")
+        if not sep or not key:
+            raise RecipeError(f"override '{override}': expected key=value, for example train.steps=100")
+        try:
+            OmegaConf.update(given, key, OmegaConf.create(f"v: {value}").v if value else "", merge=True)
+        except Exception as error:
+            raise RecipeError(f"override '{override}': {_first_line(error)}") from None
+    return from_mapping(OmegaConf.to_container(given), origin=recipe, name=name)  # type: ignore[arg-type]
+
+
+def from_mapping(given: dict[str, Any], origin: str = "recipe", name: str = "") -> Recipe:
+    """Build a recipe from plain nested dicts (YAML or JSON), as strictly as `load_recipe`."""
+    _check_keys(given, Recipe, "", origin)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), given)
+        recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{origin}: {_explain(error, given)}") from None
+    recipe.name = recipe.name or name
+    recipe.run.dir = recipe.run.dir or f"runs/{recipe.name or 'run'}"
+    validate(recipe, origin)
+    return recipe
+
+
+def to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain nested dicts, fit for JSON."""
+    return OmegaConf.to_container(OmegaConf.structured(recipe))  # type: ignore[return-value]
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, every key written out."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _read(recipe: str) -> tuple[str, str]:
+    packaged = resources.files("vlmoe.recipes") / f"{recipe}.yaml"
+    if "/" not in recipe and packaged.is_file():
+        return packaged.read_text(encoding="utf-8"), recipe
+    path = Path(recipe)
+    if path.is_dir() and (path / "recipe.yaml").is_file():  # a run's folder stands for the recipe it was made with
+        path = path / "recipe.yaml"
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), path.stem
+        except FileNotFoundError:
+            raise RecipeError(f"recipe {recipe}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {recipe}: cannot be read: {error}") from None
+    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise RecipeError(
+        f"no recipe '{recipe}': {hint}packaged recipes are {', '.join(recipe_names())}; or give a .yaml file's path"
+    )
+
+
+def _check_keys(given: Any, schema: type, prefix: str, origin: str) -> None:
+    """Refuse unknown keys with the nearest known one; OmegaConf would only say that the key is not in the struct."""
+    if not isinstance(given, dict):
+        raise RecipeError(
+            f"{origin}: key '{prefix.rstrip('.')}' got {given!r}, wanted a group of keys: "
+            + ", ".join(f.name for f in fields(schema))
+        )
+    known = {f.name: _schema_of(f) for f in fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            everywhere = {path.rsplit(".", 1)[-1]: path for path in known_keys()}
+            close = difflib.get_close_matches(str(key), known, n=1)
+            elsewhere = everywhere.get(str(key))
+            if close:
+                hint = f"did you mean '{prefix}{close[0]}'?"
+            elif elsewhere:
+                hint = f"did you mean '{elsewhere}'?"
+            else:
+                hint = f"known here: {', '.join(known)}"
+            raise RecipeError(f"{origin}: unknown key '{prefix}{key}': {hint}")
+        inner = known[key]
+        if inner is not None and isinstance(value, list):
+            for i, item in enumerate(value):
+                _check_keys(item, inner, f"{prefix}{key}[{i}].", origin)
+                _check_item(item, inner, f"{prefix}{key}[{i}].", origin)
+        elif inner is not None:
+            _check_keys(value, inner, f"{prefix}{key}.", origin)
+
+
+def _check_item(item: dict[str, Any], schema: type, prefix: str, origin: str) -> None:
+    """Types of one element of a list of groups: OmegaConf's own error would not say which element."""
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), item)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{origin}: {_explain(error, item, prefix)}") from None
+
+
+def _schema_of(f: Any) -> type | None:
+    """The dataclass below a field (a group, or a list of groups), or None for a plain value."""
+    name = str(f.type)
+    inner = vars(schemas).get(name.removeprefix("list[").removesuffix("]"))
+    return inner if is_dataclass(inner) and isinstance(inner, type) else None
+
+
+def known_keys(schema: type = Recipe, prefix: str = "") -> list[str]:
+    """Every key of a recipe, dotted."""
+    keys: list[str] = []
+    for f in fields(schema):
+        inner = _schema_of(f)
+        if inner is None or str(f.type).startswith("list["):
+            keys.append(prefix + f.name)
+        else:
+            keys += known_keys(inner, f"{prefix}{f.name}.")
+    return keys
+
+
+def _explain(error: OmegaConfBaseException, given: dict[str, Any], prefix: str = "") -> str:
+    key = str(error.full_key or error.key or "?")
+    wanted = getattr(error.ref_type, "__name__", None) or str(error.ref_type or "another type")
+    found = OmegaConf.select(OmegaConf.create(given), key, default=None) if key != "?" else None
+    return f"key '{prefix}{key}' got {found!r}, wanted {_wanted(prefix + key) or wanted}"
+
+
+def _wanted(key: str) -> str | None:
+    """The declared type of a dotted key, in words."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    schema: type | None = Recipe
+    declared = ""
+    for part in key.replace("[", ".[").split("."):
+        if part.startswith("[") or schema is None:
+            continue
+        match = next((f for f in fields(schema) if f.name == part), None)
+        if match is None:
+            return None
+        declared, schema = str(match.type), _schema_of(match)
+    base = declared.removesuffix(" | None")
+    return words.get(base, base) + (" or null" if base != declared else "")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,206 @@
+"""The recipe's keys: a tree of plain dataclasses, each with its default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class UserError(ValueError):
+    """Something a user can put right; the command line prints it as one line. Every error meant for users is one."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used; the message names the key and what was expected."""
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+@dataclass
+class RouterConfig:
+    """How tokens choose experts, and the losses that keep the choice healthy (see `vlmoe.moe.MoELayer`)."""
+
+    k: int = 1
+    renormalize: bool = False  # divide the k gates by their sum
+    noise: float = 1.0  # std of the training noise on the logits, in units of 1/E (V-MoE: 1.0; 0 turns it off)
+    capacity_factor: float | None = None  # None: dropless
+    capacity_factor_eval: float | None = None
+    priority: str = "batch"  # batch: largest gates keep their place; arrival: first come, first served
+    balance: float = 0.01  # weight of the Switch/GShard balance loss
+    importance: float = 0.0  # weight of V-MoE's importance loss
+    load: float = 0.0  # weight of V-MoE's load loss
+    z: float = 0.001  # weight of the router z-loss
+    backend: str = "auto"  # auto, loop, padded, grouped
+
+
+@dataclass
+class ModalityConfig:
+    """The feed-forward side of one modality."""
+
+    sparse: str = "none"  # none, all, odd (every other block, starting with the second), even, last, or "1,3,5"
+    experts: int = 8
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+
+@dataclass
+class ModelConfig:
+    """The Multiway backbone. Sizes are the model's own; tokenizers must fit `vocabulary` and `codes`."""
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"  # gelu, relu, swiglu
+    image_size: int = 48  # pixels, square
+    patch: int = 8  # pixels, square
+    max_text: int = 48  # tokens, with start and end
+    vocabulary: int = 2048  # rows of the text embedding
+    codes: int = 256  # visual vocabulary
+    attention: str = "shared"  # shared (VLMo, VL-MoE) or split by modality (BEiT-3)
+    vl_ffn: int = 2  # the top blocks in which a pair's tokens share one dense VL-FFN
+    sub_ln: bool = False  # extra LayerNorm inside attention and feed-forward (Magneto, BEiT-3)
+    drop_path: float = 0.0  # rate of the last block; grows linearly from 0
+    recompute: bool = False  # activation checkpointing, block by block
+    vision: ModalityConfig = field(default_factory=ModalityConfig)
+    text: ModalityConfig = field(default_factory=ModalityConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+@dataclass
+class WorldConfig:
+    """The embedded world's dial: from a world a tiny model learns in minutes to one that keeps a large model busy."""
+
+    image_size: int = 48  # pixels; set equal to model.image_size
+    concepts: int = 40  # how many things can stand in a scene: ten handwritten digits first, then characters
+    max_objects: int = 2  # 1 to 4 objects in a scene
+    colours: int = 8
+    languages: list[str] = field(default_factory=lambda: ["en"])
+    captions_in_text: float = 0.5  # share of text-only samples that describe a scene nobody shows
+
+
+@dataclass
+class SourceConfig:
+    """One source of samples. `kind` is what it yields: image, text or pair."""
+
+    type: str = "world"  # world, shards, folder, parquet
+    kind: str = "pair"  # image, text, pair
+    path: str = ""  # shards: brace or glob pattern of .tar files; folder: directory; parquet: file or glob
+    weight: float = 1.0
+    image_column: str = "image"  # parquet
+    text_column: str = "text"  # parquet, and the key in a shard's .json
+
+
+@dataclass
+class BatchConfig:
+    """Samples of each kind in one micro-batch; 0 leaves the kind out."""
+
+    image: int = 32
+    text: int = 32
+    pair: int = 64
+
+
+@dataclass
+class MaskingConfig:
+    """Masked shares as published for BEiT-3."""
+
+    text: float = 0.15  # of the tokens of text-only samples
+    pair_text: float = 0.5  # of the tokens of a pair's text
+    patches: float = 0.4  # of the patches, in blocks
+    min_block: int = 2  # smallest block, in patches
+
+
+@dataclass
+class TextTokenizerConfig:
+    type: str = "corpus"  # corpus (trained on the run's texts), hf (tokenizer.json), sentencepiece (.model)
+    path: str = ""  # of the file for hf and sentencepiece
+    samples: int = 20000  # texts that corpus training reads
+
+
+@dataclass
+class VisualTokenizerConfig:
+    type: str = "vq"  # vq (trained on the run's images), codes (precomputed codes stored beside each image)
+    path: str = ""  # a trained tokenizer's folder to reuse; empty: train one for the run
+    dim: int = 16  # of a codebook vector
+    width: int = 64
+    steps: int = 600
+    batch: int = 64
+    lr: float = 2e-3
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig] = field(
+        default_factory=lambda: [SourceConfig(kind="image"), SourceConfig(kind="text"), SourceConfig(kind="pair")]
+    )
+    world: WorldConfig = field(default_factory=WorldConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
+    visual_tokenizer: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
+    workers: int = 1
+    max_bad_share: float = 0.01  # the run fails when more than this share of samples had to be skipped
+    max_pixels: int = 64_000_000  # larger images are refused before they are decoded
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup: int = 100  # steps
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    clip: float = 3.0  # largest gradient norm; 0 turns clipping off
+    accumulate: int = 1  # micro-batches in a step
+    device: str = "auto"  # auto, cpu, cuda
+    precision: str = "auto"  # auto: bf16 autocast on CUDA, fp32 elsewhere; or fp32, bf16
+    compile: bool = False
+    log_every: int = 1
+    checkpoint_every: int = 500
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass
+class EvalConfig:
+    samples: int = 512  # held-out samples of each split
+    batch: int = 64
+    pictures: int = 6  # completions shown beside their picture
+
+
+@dataclass
+class RunConfig:
+    dir: str = ""  # the run's folder; running again with the same folder resumes. Empty: runs/NAME
+
+
+@dataclass
+class Recipe:
+    name: str = ""
+    about: str = ""  # what it is, its command, time, hardware and the score it reached
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def sparse_blocks(pattern: str, depth: int) -> frozenset[int]:
+    """Block indices that a `sparse` pattern names. Raises ValueError saying what is accepted."""
+    named = {
+        "none": range(0),
+        "all": range(depth),
+        "odd": range(1, depth, 2),
+        "even": range(0, depth, 2),
+        "last": range(depth - 1, depth),
+    }
+    if pattern in named:
+        return frozenset(named[pattern])
+    wanted = f"{', '.join(named)} or block numbers below {depth} like '1,3'"
+    try:
+        blocks = frozenset(int(part) for part in pattern.split(","))
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not blocks or min(blocks) < 0 or max(blocks) >= depth:
+        raise ValueError(wanted)
+    return blocks

@@ -1,0 +1,85 @@
+"""Values that have the right type and cannot work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmoe.config.schema import ModalityConfig, Recipe, RecipeError, sparse_blocks
+
+
+def validate(recipe: Recipe, origin: str = "recipe") -> None:
+    """Refuse values that have the right type and cannot work. Raises RecipeError naming the key."""
+
+    def need(ok: bool, key: str, value: Any, wanted: str) -> None:
+        if not ok:
+            raise RecipeError(f"{origin}: key '{key}' got {value!r}, wanted {wanted}")
+
+    m, d, t = recipe.model, recipe.data, recipe.train
+    for key in ("width", "depth", "heads", "image_size", "patch", "max_text", "vocabulary", "codes"):
+        need(getattr(m, key) > 0, f"model.{key}", getattr(m, key), "a positive number")
+    need(m.width % m.heads == 0, "model.heads", m.heads, f"a divisor of model.width ({m.width})")
+    need(m.image_size % m.patch == 0, "model.patch", m.patch, f"a divisor of model.image_size ({m.image_size})")
+    need(m.attention in {"shared", "split"}, "model.attention", m.attention, "shared or split")
+    need(m.activation in {"gelu", "relu", "swiglu"}, "model.activation", m.activation, "gelu, relu or swiglu")
+    need(0 <= m.vl_ffn <= m.depth, "model.vl_ffn", m.vl_ffn, f"0 to model.depth ({m.depth})")
+    need(0 <= m.drop_path < 1, "model.drop_path", m.drop_path, "a share from 0 to below 1")
+    for name in ("vision", "text"):
+        side: ModalityConfig = getattr(m, name)
+        router, key = side.router, f"model.{name}.router"
+        try:
+            sparse_blocks(side.sparse, m.depth)
+        except ValueError as error:
+            raise RecipeError(f"{origin}: key 'model.{name}.sparse' got {side.sparse!r}, wanted {error}") from None
+        need(side.experts > 0, f"model.{name}.experts", side.experts, "a positive number")
+        need(1 <= router.k <= side.experts, f"{key}.k", router.k, f"1 to model.{name}.experts ({side.experts})")
+        need(router.priority in {"batch", "arrival"}, f"{key}.priority", router.priority, "batch or arrival")
+        backends = {"auto", "loop", "padded", "grouped"}
+        need(router.backend in backends, f"{key}.backend", router.backend, "auto, loop, padded or grouped")
+        for f in ("capacity_factor", "capacity_factor_eval"):
+            value = getattr(router, f)
+            need(value is None or value > 0, f"{key}.{f}", value, "a positive number, or null for dropless")
+        for f in ("noise", "balance", "importance", "load", "z"):
+            need(getattr(router, f) >= 0, f"{key}.{f}", getattr(router, f), "a number not below 0")
+        need(router.load == 0 or router.noise > 0, f"{key}.noise", router.noise,
+             f"a number above 0, because the load loss ({key}.load) is defined by the noise")  # fmt: skip
+    for i, source in enumerate(d.sources):
+        key = f"data.sources[{i}]"
+        types = {"world", "shards", "folder", "parquet"}
+        need(source.type in types, f"{key}.type", source.type, "world, shards, folder or parquet")
+        need(source.kind in {"image", "text", "pair"}, f"{key}.kind", source.kind, "image, text or pair")
+        need(source.type == "world" or bool(source.path), f"{key}.path", source.path, "the path of the data")
+        need(source.weight > 0, f"{key}.weight", source.weight, "a positive number")
+    kinds = {source.kind for source in d.sources}
+    sizes = {kind: getattr(d.batch, kind) for kind in ("image", "text", "pair")}
+    need(any(sizes.values()), "data.batch", sizes, "at least one kind above 0")
+    for kind, size in sizes.items():
+        need(size >= 0, f"data.batch.{kind}", size, "a number not below 0")
+        need(size == 0 or kind in kinds, f"data.batch.{kind}", size, f"0, because data.sources has no {kind} source")
+    if any(source.type == "world" for source in d.sources):
+        need(
+            d.world.image_size == m.image_size, "data.world.image_size", d.world.image_size,
+            f"model.image_size ({m.image_size})",
+        )  # fmt: skip
+        need(1 <= d.world.max_objects <= 4, "data.world.max_objects", d.world.max_objects, "1 to 4")
+    for f in ("text", "pair_text", "patches"):
+        value = getattr(d.masking, f)
+        need(0 < value < 1, f"data.masking.{f}", value, "a share between 0 and 1")
+    need(0 <= d.max_bad_share <= 1, "data.max_bad_share", d.max_bad_share, "a share from 0 to 1")
+    need(d.workers >= 0, "data.workers", d.workers, "a number not below 0")
+    tok, vis = d.text_tokenizer, d.visual_tokenizer
+    need(tok.type in {"corpus", "hf", "sentencepiece"}, "data.text_tokenizer.type", tok.type,
+         "corpus, hf or sentencepiece")  # fmt: skip
+    need(tok.type == "corpus" or bool(tok.path), "data.text_tokenizer.path", tok.path, "the tokenizer file's path")
+    for f in ("dim", "width", "steps", "batch"):
+        need(getattr(vis, f) > 0, f"data.visual_tokenizer.{f}", getattr(vis, f), "a positive number")
+    need(vis.type in {"vq", "codes"}, "data.visual_tokenizer.type", vis.type, "vq or codes")
+    for f in ("steps", "log_every", "checkpoint_every", "keep", "accumulate"):
+        need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
+    need(t.lr > 0, "train.lr", t.lr, "a positive number")
+    for f in ("min_lr", "warmup", "clip", "weight_decay"):
+        need(getattr(t, f) >= 0, f"train.{f}", getattr(t, f), "a number not below 0")
+    for f in ("beta1", "beta2"):
+        need(0 <= getattr(t, f) < 1, f"train.{f}", getattr(t, f), "a number from 0 to below 1")
+    for f in ("samples", "batch"):
+        need(getattr(recipe.eval, f) > 1, f"eval.{f}", getattr(recipe.eval, f), "at least 2")
+    need(t.precision in {"auto", "fp32", "bf16"}, "train.precision", t.precision, "auto, fp32 or bf16")
