@@ -16,8 +16,8 @@ def test_golden_curve(tmp_path: Path) -> None:
     curve = run(tmp_path / "run")
     assert [line["step"] for line in curve] == [line["step"] for line in recorded] == list(range(1, 31))
     for got, wanted in zip(curve, recorded, strict=True):
-        tolerance = 1e-3 if got["step"] <= 5 else 3e-2
         for key in KEYS:
+            tolerance = 1e-2 if got["step"] <= 5 else 5e-2
             if key != "grad_norm" or got["step"] <= 5:
                 assert got[key] == pytest.approx(wanted[key], rel=tolerance), f"step {got['step']}: {key}"
     assert recorded[-1]["loss"] < 0.9 * recorded[0]["loss"]  # and it is a run that learns

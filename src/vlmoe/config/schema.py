@@ -103,7 +103,8 @@ class MaskingConfig:
 
     text: float = 0.15  # of the tokens of text-only samples
     pair_text: float = 0.5  # of the tokens of a pair's text
-    patches: float = 0.4  # of the patches, in blocks
+    patches: float = 0.4  # of the patches of image-only samples, in blocks
+    pair_patches: float = 0.4  # of the patches of a pair's image, likewise
     min_block: int = 2  # smallest block, in patches
 
 

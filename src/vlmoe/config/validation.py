@@ -61,7 +61,7 @@ def validate(recipe: Recipe, origin: str = "recipe") -> None:
             f"model.image_size ({m.image_size})",
         )  # fmt: skip
         need(1 <= d.world.max_objects <= 4, "data.world.max_objects", d.world.max_objects, "1 to 4")
-    for f in ("text", "pair_text", "patches"):
+    for f in ("text", "pair_text", "patches", "pair_patches"):
         value = getattr(d.masking, f)
         need(0 < value < 1, f"data.masking.{f}", value, "a share between 0 and 1")
     need(0 <= d.max_bad_share <= 1, "data.max_bad_share", d.max_bad_share, "a share from 0 to 1")

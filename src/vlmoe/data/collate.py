@@ -76,7 +76,8 @@ class Collator:
         image_BHWC = np.stack([item.sample.image for item in items])  # type: ignore[misc]
         batch.image_BCHW = torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).contiguous()
         side, masking = self.model.image_size // self.model.patch, self.masking
-        mask_BP = [mask_patches(side, masking.patches, masking.min_block, stream(key, p)) for p in positions]
+        ratio = masking.patches if self.kind == "image" else masking.pair_patches
+        mask_BP = [mask_patches(side, ratio, masking.min_block, stream(key, p)) for p in positions]
         batch.patch_mask_BP = torch.from_numpy(np.stack(mask_BP))
         codes = [item.sample.codes for item in items]
         if all(c is not None for c in codes):

@@ -62,17 +62,20 @@ class MaskedDataModelling(Task):
 
     def forward(self, batches: dict[str, Batch]) -> StepOutput:
         losses: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         routed: list[tuple[str, RoutingStats]] = []
         for kind, batch in batches.items():
             output = self.run(batch)
             routed += output.stats.items()
             if batch.image_BCHW is not None:
-                losses[f"{kind}/mim"], metrics[f"{kind}/mim_accuracy"] = self._mim(batch, output)
+                name = f"{kind}/mim"
+                losses[name], counts[name], metrics[f"{name}_accuracy"] = self._mim(batch, output)
             if batch.text_BT is not None:
-                losses[f"{kind}/mlm"], metrics[f"{kind}/mlm_accuracy"] = self._mlm(batch, output)
+                name = f"{kind}/mlm"
+                losses[name], counts[name], metrics[f"{name}_accuracy"] = self._mlm(batch, output)
         routing_loss, routing_metrics, load = summarise_routing(routed)
-        loss = torch.stack(list(losses.values())).sum() + routing_loss
+        loss = pool(losses, counts) + routing_loss
         metrics = {name: value.detach() for name, value in losses.items()} | metrics | routing_metrics
         return StepOutput(loss, metrics, load)
 
@@ -85,7 +88,7 @@ class MaskedDataModelling(Task):
                 total += int(batch.valid_BT.sum())
         return total
 
-    def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor]:
+    def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor, Tensor]:
         assert batch.patch_mask_BP is not None
         if self.visual_tokenizer is None:
             raise ValueError("masked image modelling needs a visual tokenizer; this model was built without one")
@@ -93,17 +96,33 @@ class MaskedDataModelling(Task):
         x_MD = output.features("vision")[:, 1:][batch.patch_mask_BP]  # the class token has no code
         return _predict(self.image_head(x_MD), target_M)
 
-    def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor]:
+    def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor, Tensor]:
         assert batch.target_BT is not None
         hidden_BT = batch.target_BT != IGNORE
         return _predict(self.text_logits(output.features("text")[hidden_BT]), batch.target_BT[hidden_BT])
 
 
-def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in float32, and accuracy."""
+def pool(losses: dict[str, Tensor], counts: dict[str, Tensor]) -> Tensor:
+    """The mean over all hidden text tokens plus the mean over all hidden patches, whatever kind of batch they are in.
+
+    losses, counts: "kind/objective" -> mean loss, number of predictions. Adding the kinds' means instead would give four
+    texts the weight of thirty-two pairs, and their noise most of the gradient.
+    """
+    total = torch.zeros((), device=next(iter(losses.values())).device)
+    for objective in ("mlm", "mim"):
+        names = [name for name in losses if name.endswith(f"/{objective}")]
+        if names:
+            count = torch.stack([counts[name] for name in names]).float()
+            total = total + (torch.stack([losses[name] for name in names]) * count).sum() / count.sum().clamp_min(1)
+    return total
+
+
+def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross-entropy in float32, number of predictions, accuracy."""
     logits_MV = logits_MV.float()
     accuracy = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
-    return F.cross_entropy(logits_MV, target_M), accuracy
+    count = torch.tensor(len(target_M), device=target_M.device)
+    return F.cross_entropy(logits_MV, target_M), count, accuracy
 
 
 def summarise_routing(
