@@ -11,7 +11,7 @@ from vlmoe.config import ModelConfig
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.visual_tokenizer import StoredCodes
 from vlmoe.moe import RoutingStats
-from vlmoe.tasks.pretrain import MaskedDataModelling, summarise_routing
+from vlmoe.tasks.pretrain import MaskedDataModelling, pool, summarise_routing
 
 MASK = 4
 
@@ -74,7 +74,10 @@ def test_all_kinds_in_one_step_logged_apart_and_summed() -> None:
     out = task({"pair": pairs(), "image": images(), "text": texts()})
     parts = {"pair/mim", "pair/mlm", "image/mim", "text/mlm"}
     assert parts <= set(out.metrics)
-    routing = out.loss.detach() - sum(out.metrics[p] for p in parts)
+    # 12 hidden words and 8 hidden patches in each batch here, so the pooled mean is the mean of the two kinds
+    text = (out.metrics["pair/mlm"] + out.metrics["text/mlm"]) / 2
+    image = (out.metrics["pair/mim"] + out.metrics["image/mim"]) / 2
+    routing = out.loss.detach() - text - image
     balance = sum(
         0.01 * 2 * out.metrics[f"{m}/balance"] + 0.001 * 2 * out.metrics[f"{m}/z"] for m in ("vision", "text")
     )
@@ -85,6 +88,12 @@ def test_all_kinds_in_one_step_logged_apart_and_summed() -> None:
     assert out.load["1/text"].sum() == 2 * (4 * 8 - 2)
     assert out.load["3/text"].sum() == 4 * 8 - 2
     assert out.load["1/vision"].sum() == 2 * 4 * 5
+
+
+def test_every_prediction_counts_once_whatever_its_kind() -> None:
+    losses = {"pair/mlm": torch.tensor(1.0), "text/mlm": torch.tensor(5.0), "image/mim": torch.tensor(7.0)}
+    counts = {"pair/mlm": torch.tensor(30), "text/mlm": torch.tensor(10), "image/mim": torch.tensor(3)}
+    assert pool(losses, counts).item() == pytest.approx((30 * 1 + 10 * 5) / 40 + 7)
 
 
 def test_tokens_counts_no_padding() -> None:

@@ -105,8 +105,8 @@ class MaskedDataModelling(Task):
 def pool(losses: dict[str, Tensor], counts: dict[str, Tensor]) -> Tensor:
     """The mean over all hidden text tokens plus the mean over all hidden patches, whatever kind of batch they are in.
 
-    losses, counts: "kind/objective" -> mean loss, number of predictions. Adding the kinds' means instead would give four
-    texts the weight of thirty-two pairs, and their noise most of the gradient.
+    losses, counts: "kind/objective" -> mean loss, number of predictions. Adding the kinds' means instead would give
+    four texts the weight of thirty-two pairs, and their noise most of the gradient.
     """
     total = torch.zeros((), device=next(iter(losses.values())).device)
     for objective in ("mlm", "mim"):
