@@ -83,7 +83,7 @@ class _Mixer(nn.Module):
 class VQTokenizer(nn.Module):
     """A vector-quantised autoencoder whose code grid is the model's patch grid.
 
-    Encoder: patches -> linear -> one mixer -> unit vectors of `dim`. Quantiser: the nearest `codes` vector, learned
+    Encoder: patches -> linear -> one mixer -> unit vectors of `dim`. Quantiser: the nearest of `codes` vectors, learned
     by moving averages (van den Oord et al. 2017, appendix A.1; cosine distance as in BEiT v2), idle codes moved onto
     current patches (Dhariwal et al. 2020). Decoder: two mixers -> linear -> pixels.
     """

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vlmoe.config import ModalityConfig, ModelConfig, sparse_blocks
 from vlmoe.model.attention import SelfAttention
 from vlmoe.model.segments import Segment
+from vlmoe.model.sizes import hidden_size
 from vlmoe.moe import FeedForward, MoELayer, RoutingStats
 
 MODALITIES = ("vision", "text")
@@ -81,11 +82,6 @@ class DropPath(nn.Module):
             return x_BTD
         keep = x_BTD.new_empty(x_BTD.shape[0], 1, 1).bernoulli_(1 - self.rate)
         return x_BTD * keep / (1 - self.rate)
-
-
-def hidden_size(config: ModelConfig) -> int:
-    """Hidden units of a feed-forward layer or expert."""
-    return int(config.width * config.mlp_ratio)
 
 
 def _dense(config: ModelConfig) -> FeedForward:

@@ -41,15 +41,20 @@ class Sizes:
         return asdict(self)
 
 
+def hidden_size(config: ModelConfig) -> int:
+    """Hidden units of a feed-forward layer or expert."""
+    return int(config.width * config.mlp_ratio)
+
+
 def _ffn_params(config: ModelConfig) -> int:
-    D, H = config.width, int(config.width * config.mlp_ratio)
+    D, H = config.width, hidden_size(config)
     up = 2 * H if config.activation == "swiglu" else H
     return D * up + up + H * D + D
 
 
 def _ffn_flops(config: ModelConfig) -> int:
     """Of one token."""
-    D, H = config.width, int(config.width * config.mlp_ratio)
+    D, H = config.width, hidden_size(config)
     return 2 * D * H * (3 if config.activation == "swiglu" else 2)
 
 
