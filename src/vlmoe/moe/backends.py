@@ -68,7 +68,7 @@ def slots_for(backend: str, weights: tuple[Tensor, ...], dtype: torch.dtype) -> 
     return lambda need: [slots for first, last, slots in similar_loads(need) for _ in range(first, last)]
 
 
-def similar_loads(need: list[int], waste: float = 0.06) -> list[tuple[int, int, int]]:
+def similar_loads(need: list[int], waste: float = 0.15) -> list[tuple[int, int, int]]:
     """Cut the experts into runs (first, last + 1, rows each) of similar load, so that giving each expert as many rows
     as the largest of its run adds at most the share `waste`.
 
