@@ -1,0 +1,95 @@
+"""The keys of a fine-tuning recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vlmoe.config.schema import ModelConfig, RunConfig, TrainConfig, WorldConfig
+
+TASKS = ("vqa", "nlvr2", "retrieval", "classify", "nli", "caption")
+
+
+@dataclass
+class FilesConfig:
+    """One split of a task's own files; see docs/finetune.md for what each task reads.
+
+    file: questions JSON (vqa), .jsonl (nlvr2), dataset_*.json (retrieval, caption), folder of classes (classify),
+    .jsonl, .tsv or parquet (nli).
+    """
+
+    name: str = ""  # of a split that is evaluated; empty: val
+    file: str = ""
+    annotations: str = ""  # vqa: annotations JSON
+    images: str = ""  # folder of the images (vqa, nlvr2, retrieval, caption)
+    part: str = ""  # retrieval, caption: the file's own splits to read, "train,restval"
+
+
+@dataclass
+class TaskDataConfig:
+    type: str = "world"  # world, files
+    world: WorldConfig | None = None  # None: the world that the model was pre-trained on
+    questions: list[str] = field(default_factory=list)  # world's vqa: kinds of questions asked; empty: all
+    train: FilesConfig = field(default_factory=FilesConfig)
+    eval: list[FilesConfig] = field(default_factory=list)  # the first one decides when to stop
+    answers: int = 3129  # vqa on files: the most frequent answers that can be given
+    blind: str = "none"  # none; image or text: train and evaluate without it, as a baseline
+    limit: int | None = None  # of training examples
+    batch: int = 64
+    workers: int = 1
+    max_bad_share: float = 0.01  # the run fails when more than this share of examples had to be skipped
+    max_pixels: int = 64_000_000  # larger images are refused before they are decoded
+
+
+@dataclass
+class SparseConfig:
+    """What happens to routers and experts."""
+
+    train: str = "all"  # all, freeze_routers, freeze_experts, experts_only (experts and the head)
+    losses: bool = True  # keep the routing losses of pre-training
+    capacity_factor_eval: float | None = None  # None: as pre-trained
+    expert_dropout: float = 0.0  # of the experts' hidden units (ST-MoE)
+
+
+@dataclass
+class TaskTrainConfig(TrainConfig):
+    epochs: float | None = None  # over the training examples; given, it decides `steps`
+    warmup_epochs: float | None = None  # given, it decides `warmup`
+    layer_decay: float = 1.0  # learning rate of each block over that of the block above it
+    head_lr: float = 1.0  # learning rate of the head over that of the top block
+    scratch: bool = False  # start from random weights: the baseline that pre-training has to beat
+    validate_every: int = 0  # steps; 0: ten times in a run
+    patience: int = 0  # stop after this many validations without a better one; 0: never
+
+
+@dataclass
+class TaskEvalConfig:
+    samples: int = 1000  # examples of each split of the world, at most; files are evaluated whole
+    validate: int = 500  # examples of the first split, at most, that choose the best checkpoint
+    batch: int = 64
+
+
+@dataclass
+class CaptionConfig:
+    mask: float = 0.7  # share of a caption's tokens that is hidden in training
+    beam: int = 3
+    max_length: int = 0  # tokens; 0: model.max_text - 2
+    min_length: int = 1
+    length_penalty: float = 0.6  # scores are divided by ((5 + length) / 6) to this power
+
+
+@dataclass
+class FinetuneRecipe:
+    """`model` is the pre-trained run's; only what a recipe names is changed."""
+
+    name: str = ""
+    about: str = ""
+    task: str = ""  # vqa, nlvr2, retrieval, classify, nli, caption
+    init: str = ""  # the pre-trained run
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: TaskDataConfig = field(default_factory=TaskDataConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    train: TaskTrainConfig = field(default_factory=TaskTrainConfig)
+    eval: TaskEvalConfig = field(default_factory=TaskEvalConfig)
