@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlmoe.config import RouterConfig
+from vlmoe.config import ModalityConfig, RouterConfig
 from vlmoe.moe import FeedForward, MoELayer, replay_context_fn
 
 D, H = 8, 12
@@ -361,7 +361,8 @@ def test_frozen_experts_and_frozen_input() -> None:
 
 
 def test_from_config() -> None:
-    made = MoELayer.from_config(D, H, "relu", True, 4, RouterConfig(k=2, noise=0.0, backend="loop", z=0.5))
+    side = ModalityConfig(experts=4, expert_dropout=0.25, router=RouterConfig(k=2, noise=0.0, backend="loop", z=0.5))
+    made = MoELayer.from_config(D, H, "relu", True, side)
     assert (made.k, made.noise, made.experts.backend, made.loss_weights["z"]) == (2, 0.0, "loop", 0.5)
     assert (made.experts.activation, made.experts.inner_norm) == ("relu", True)
 

@@ -5,7 +5,8 @@ A recipe is a tree of plain dataclasses. Reading is strict: an unknown key, a wr
 ours.
 """
 
-from vlmoe.config.reading import from_mapping, known_keys, load_recipe, recipe_names, to_mapping, to_yaml
+from vlmoe.config.finetune import TASKS, CaptionConfig, FilesConfig, FinetuneRecipe, TaskDataConfig
+from vlmoe.config.reading import from_mapping, known_keys, load_finetune, load_recipe, recipe_names, to_mapping, to_yaml
 from vlmoe.config.schema import (
     BatchConfig,
     DataConfig,
@@ -27,9 +28,13 @@ from vlmoe.config.schema import (
 )
 
 __all__ = [
+    "TASKS",
     "BatchConfig",
+    "CaptionConfig",
     "DataConfig",
     "EvalConfig",
+    "FilesConfig",
+    "FinetuneRecipe",
     "MaskingConfig",
     "ModalityConfig",
     "ModelConfig",
@@ -38,6 +43,7 @@ __all__ = [
     "RouterConfig",
     "RunConfig",
     "SourceConfig",
+    "TaskDataConfig",
     "TextTokenizerConfig",
     "TrainConfig",
     "UserError",
@@ -45,6 +51,7 @@ __all__ = [
     "WorldConfig",
     "from_mapping",
     "known_keys",
+    "load_finetune",
     "load_recipe",
     "recipe_names",
     "sparse_blocks",

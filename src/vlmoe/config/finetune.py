@@ -27,7 +27,7 @@ class FilesConfig:
 @dataclass
 class TaskDataConfig:
     type: str = "world"  # world, files
-    world: WorldConfig | None = None  # None: the world that the model was pre-trained on
+    world: WorldConfig = field(default_factory=WorldConfig)  # the pre-trained run's, changed where a recipe says so
     questions: list[str] = field(default_factory=list)  # world's vqa: kinds of questions asked; empty: all
     train: FilesConfig = field(default_factory=FilesConfig)
     eval: list[FilesConfig] = field(default_factory=list)  # the first one decides when to stop
@@ -42,18 +42,17 @@ class TaskDataConfig:
 
 @dataclass
 class SparseConfig:
-    """What happens to routers and experts."""
+    """What happens to routers and experts. Capacity at evaluation and expert dropout are keys of the model:
+    model.vision.router.capacity_factor_eval, model.vision.expert_dropout, and the same for text."""
 
-    train: str = "all"  # all, freeze_routers, freeze_experts, experts_only (experts and the head)
+    train: str = "all"  # all, freeze_routers, freeze_experts, experts_only (the experts and the head)
     losses: bool = True  # keep the routing losses of pre-training
-    capacity_factor_eval: float | None = None  # None: as pre-trained
-    expert_dropout: float = 0.0  # of the experts' hidden units (ST-MoE)
 
 
 @dataclass
 class TaskTrainConfig(TrainConfig):
-    epochs: float | None = None  # over the training examples; given, it decides `steps`
-    warmup_epochs: float | None = None  # given, it decides `warmup`
+    epochs: float | None = None  # over the training examples; given, it replaces `steps`
+    warmup_epochs: float | None = None  # given, it replaces `warmup`
     layer_decay: float = 1.0  # learning rate of each block over that of the block above it
     head_lr: float = 1.0  # learning rate of the head over that of the top block
     scratch: bool = False  # start from random weights: the baseline that pre-training has to beat

@@ -6,20 +6,24 @@ import difflib
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmoe.config import schema as schemas
+from vlmoe.config import finetune, schema
+from vlmoe.config.finetune import TASKS, FinetuneRecipe
 from vlmoe.config.schema import Recipe, RecipeError
 from vlmoe.config.validation import validate
 
+AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
+GROUPS = vars(schema) | vars(finetune)  # name -> dataclass of every group of keys
 
-def recipe_names() -> list[str]:
-    """Names of the packaged recipes."""
-    folder = resources.files("vlmoe.recipes")
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+def recipe_names(folder: str = "") -> list[str]:
+    """Names of the packaged recipes; folder: "finetune" for those of fine-tuning."""
+    packaged = resources.files("vlmoe.recipes") / folder
+    return sorted(p.name.removesuffix(".yaml") for p in packaged.iterdir() if p.name.endswith(".yaml"))
 
 
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
@@ -28,13 +32,63 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
     Raises:
         RecipeError: no such recipe, unreadable YAML, unknown key, wrong type or impossible value.
     """
-    text, name = _read(recipe)
+    given, name = _given(recipe, "")
+    _override(given, overrides)
+    return from_mapping(OmegaConf.to_container(given), origin=recipe, name=name)  # type: ignore[arg-type]
+
+
+def load_finetune(task: str, recipe: str, pretrained: Recipe, init: str, overrides: list[str] | None) -> FinetuneRecipe:
+    """Read a fine-tuning recipe for one task.
+
+    A recipe may hold a section `tasks.NAME` for each task, which goes before its common keys. What it says of the model
+    and the world are changes to `pretrained`, the recipe of the run `init`.
+
+    Raises:
+        RecipeError: as `load_recipe`, or the recipe has no settings for the task.
+    """
+    if task not in TASKS:
+        close = difflib.get_close_matches(task, TASKS, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise RecipeError(f"no task '{task}': {hint}tasks are {', '.join(TASKS)}")
+    given, name = _given(recipe, "finetune")
+    by_task = given.pop("tasks", None)
+    if by_task is not None:
+        if not isinstance(by_task, DictConfig) or set(by_task) - set(TASKS):
+            raise RecipeError(f"recipe {recipe}: key 'tasks' got {list(by_task)}, wanted some of {', '.join(TASKS)}")
+        if task not in by_task:
+            raise RecipeError(f"recipe {recipe}: no settings for {task}; it has {', '.join(map(str, by_task))}")
+        given = _merge(given, by_task[task] or {})
+    if given.get("task", task) != task:  # a finished run's own recipe
+        raise RecipeError(f"recipe {recipe}: is for the task {given.get('task')}, not {task}")
+    _override(given, overrides)
+    changes: dict[str, Any] = OmegaConf.to_container(given)  # type: ignore[assignment]
+    _check_keys(changes, FinetuneRecipe, "", recipe)
+    given = _merge({"model": to_mapping(pretrained)["model"], "task": task, "init": init}, given)
+    world = to_mapping(pretrained)["data"]["world"] | {"image_size": given.model.image_size}
+    given = _merge({"data": {"world": world}}, given)
+    return from_mapping(
+        OmegaConf.to_container(given),  # type: ignore[arg-type]
+        origin=recipe, name=f"{Path(init).name}-{task}" if init else f"{name}-{task}", schema=FinetuneRecipe,
+    )  # fmt: skip
+
+
+def _merge(below: Any, above: Any) -> DictConfig:
+    return OmegaConf.merge(below, above)  # type: ignore[return-value]
+
+
+def _given(recipe: str, folder: str) -> tuple[DictConfig, str]:
+    """A recipe as written, and its name."""
+    text, name = _read(recipe, folder)
     try:
         given = OmegaConf.create(text)
     except Exception as error:  # the YAML parser's own errors carry line and column
         raise RecipeError(f"recipe {recipe}: not valid YAML: {error}") from None
     if not isinstance(given, DictConfig):
         raise RecipeError(f"recipe {recipe}: expected a mapping of keys at the top, got {type(given).__name__}")
+    return given, name
+
+
+def _override(given: DictConfig, overrides: list[str] | None) -> None:
     for override in overrides or []:
         key, sep, value = override.partition("=")
         if not sep or not key:
@@ -43,35 +97,39 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
             OmegaConf.update(given, key, OmegaConf.create(f"v: {value}").v if value else "", merge=True)
         except Exception as error:
             raise RecipeError(f"override '{override}': {_first_line(error)}") from None
-    return from_mapping(OmegaConf.to_container(given), origin=recipe, name=name)  # type: ignore[arg-type]
 
 
-def from_mapping(given: dict[str, Any], origin: str = "recipe", name: str = "") -> Recipe:
+def from_mapping(
+    given: dict[str, Any],
+    origin: str = "recipe",
+    name: str = "",
+    schema: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
+) -> AnyRecipe:
     """Build a recipe from plain nested dicts (YAML or JSON), as strictly as `load_recipe`."""
-    _check_keys(given, Recipe, "", origin)
+    _check_keys(given, schema, "", origin)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), given)
-        recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        recipe: AnyRecipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{origin}: {_explain(error, given)}") from None
+        raise RecipeError(f"{origin}: {_explain(error, given, schema)}") from None
     recipe.name = recipe.name or name
     recipe.run.dir = recipe.run.dir or f"runs/{recipe.name or 'run'}"
     validate(recipe, origin)
     return recipe
 
 
-def to_mapping(recipe: Recipe) -> dict[str, Any]:
+def to_mapping(recipe: Recipe | FinetuneRecipe) -> dict[str, Any]:
     """The recipe as plain nested dicts, fit for JSON."""
     return OmegaConf.to_container(OmegaConf.structured(recipe))  # type: ignore[return-value]
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Recipe | FinetuneRecipe) -> str:
     """The recipe as YAML, every key written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
-def _read(recipe: str) -> tuple[str, str]:
-    packaged = resources.files("vlmoe.recipes") / f"{recipe}.yaml"
+def _read(recipe: str, folder: str) -> tuple[str, str]:
+    packaged = resources.files("vlmoe.recipes") / folder / f"{recipe}.yaml"
     if "/" not in recipe and packaged.is_file():
         return packaged.read_text(encoding="utf-8"), recipe
     path = Path(recipe)
@@ -84,24 +142,26 @@ def _read(recipe: str) -> tuple[str, str]:
             raise RecipeError(f"recipe {recipe}: no such file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {recipe}: cannot be read: {error}") from None
-    close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    names = recipe_names(folder)
+    close = difflib.get_close_matches(recipe, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise RecipeError(
-        f"no recipe '{recipe}': {hint}packaged recipes are {', '.join(recipe_names())}; or give a .yaml file's path"
+        f"no recipe '{recipe}': {hint}packaged recipes are {', '.join(names)}; or give a .yaml file's path"
     )
 
 
-def _check_keys(given: Any, schema: type, prefix: str, origin: str) -> None:
+def _check_keys(given: Any, schema: type, prefix: str, origin: str, root: type | None = None) -> None:
     """Refuse unknown keys with the nearest known one; OmegaConf would only say that the key is not in the struct."""
     if not isinstance(given, dict):
         raise RecipeError(
             f"{origin}: key '{prefix.rstrip('.')}' got {given!r}, wanted a group of keys: "
             + ", ".join(f.name for f in fields(schema))
         )
+    root = root or schema
     known = {f.name: _schema_of(f) for f in fields(schema)}
     for key, value in given.items():
         if key not in known:
-            everywhere = {path.rsplit(".", 1)[-1]: path for path in known_keys()}
+            everywhere = {path.rsplit(".", 1)[-1]: path for path in known_keys(root)}
             close = difflib.get_close_matches(str(key), known, n=1)
             elsewhere = everywhere.get(str(key))
             if close:
@@ -114,24 +174,24 @@ def _check_keys(given: Any, schema: type, prefix: str, origin: str) -> None:
         inner = known[key]
         if inner is not None and isinstance(value, list):
             for i, item in enumerate(value):
-                _check_keys(item, inner, f"{prefix}{key}[{i}].", origin)
-                _check_item(item, inner, f"{prefix}{key}[{i}].", origin)
+                _check_keys(item, inner, f"{prefix}{key}[{i}].", origin, root)
+                _check_item(item, inner, f"{prefix}{key}[{i}].", origin, root)
         elif inner is not None:
-            _check_keys(value, inner, f"{prefix}{key}.", origin)
+            _check_keys(value, inner, f"{prefix}{key}.", origin, root)
 
 
-def _check_item(item: dict[str, Any], schema: type, prefix: str, origin: str) -> None:
+def _check_item(item: dict[str, Any], schema: type, prefix: str, origin: str, root: type) -> None:
     """Types of one element of a list of groups: OmegaConf's own error would not say which element."""
     try:
         OmegaConf.merge(OmegaConf.structured(schema), item)
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{origin}: {_explain(error, item, prefix)}") from None
+        raise RecipeError(f"{origin}: {_explain(error, item, root, prefix)}") from None
 
 
 def _schema_of(f: Any) -> type | None:
     """The dataclass below a field (a group, or a list of groups), or None for a plain value."""
     name = str(f.type)
-    inner = vars(schemas).get(name.removeprefix("list[").removesuffix("]"))
+    inner = GROUPS.get(name.removeprefix("list[").removesuffix("]"))
     return inner if is_dataclass(inner) and isinstance(inner, type) else None
 
 
@@ -147,17 +207,17 @@ def known_keys(schema: type = Recipe, prefix: str = "") -> list[str]:
     return keys
 
 
-def _explain(error: OmegaConfBaseException, given: dict[str, Any], prefix: str = "") -> str:
+def _explain(error: OmegaConfBaseException, given: dict[str, Any], root: type, prefix: str = "") -> str:
     key = str(error.full_key or error.key or "?")
     wanted = getattr(error.ref_type, "__name__", None) or str(error.ref_type or "another type")
     found = OmegaConf.select(OmegaConf.create(given), key, default=None) if key != "?" else None
-    return f"key '{prefix}{key}' got {found!r}, wanted {_wanted(prefix + key) or wanted}"
+    return f"key '{prefix}{key}' got {found!r}, wanted {_wanted(prefix + key, root) or wanted}"
 
 
-def _wanted(key: str) -> str | None:
+def _wanted(key: str, root: type) -> str | None:
     """The declared type of a dotted key, in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    schema: type | None = Recipe
+    schema: type | None = root
     declared = ""
     for part in key.replace("[", ".[").split("."):
         if part.startswith("[") or schema is None:

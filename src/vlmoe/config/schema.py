@@ -37,6 +37,7 @@ class ModalityConfig:
 
     sparse: str = "none"  # none, all, odd (every other block, starting with the second), even, last, or "1,3,5"
     experts: int = 8
+    expert_dropout: float = 0.0  # of the experts' hidden units, in training (ST-MoE)
     router: RouterConfig = field(default_factory=RouterConfig)
 
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from vlmoe.config.schema import ModalityConfig, Recipe, RecipeError, sparse_blocks
+from vlmoe.config.finetune import TASKS, FinetuneRecipe
+from vlmoe.config.schema import DataConfig, ModelConfig, Recipe, RecipeError, TrainConfig, WorldConfig, sparse_blocks
+
+Need = Callable[[bool, str, Any, str], None]
 
 
-def validate(recipe: Recipe, origin: str = "recipe") -> None:
+def validate(recipe: Recipe | FinetuneRecipe, origin: str = "recipe") -> None:
     """Refuse values that have the right type and cannot work. Raises RecipeError naming the key."""
 
     def need(ok: bool, key: str, value: Any, wanted: str) -> None:
         if not ok:
             raise RecipeError(f"{origin}: key '{key}' got {value!r}, wanted {wanted}")
 
-    m, d, t = recipe.model, recipe.data, recipe.train
+    _model(recipe.model, need)
+    _train(recipe.train, need)
+    if isinstance(recipe, FinetuneRecipe):
+        _finetune(recipe, need)
+    else:
+        _data(recipe.data, recipe.model, need)
+        for f in ("samples", "batch"):
+            need(getattr(recipe.eval, f) > 1, f"eval.{f}", getattr(recipe.eval, f), "at least 2")
+
+
+def _model(m: ModelConfig, need: Need) -> None:
     for key in ("width", "depth", "heads", "image_size", "patch", "max_text", "vocabulary", "codes"):
         need(getattr(m, key) > 0, f"model.{key}", getattr(m, key), "a positive number")
     need(m.width % m.heads == 0, "model.heads", m.heads, f"a divisor of model.width ({m.width})")
@@ -23,14 +37,14 @@ def validate(recipe: Recipe, origin: str = "recipe") -> None:
     need(m.activation in {"gelu", "relu", "swiglu"}, "model.activation", m.activation, "gelu, relu or swiglu")
     need(0 <= m.vl_ffn <= m.depth, "model.vl_ffn", m.vl_ffn, f"0 to model.depth ({m.depth})")
     need(0 <= m.drop_path < 1, "model.drop_path", m.drop_path, "a share from 0 to below 1")
-    for name in ("vision", "text"):
-        side: ModalityConfig = getattr(m, name)
+    for name, side in (("vision", m.vision), ("text", m.text)):
         router, key = side.router, f"model.{name}.router"
         try:
             sparse_blocks(side.sparse, m.depth)
         except ValueError as error:
-            raise RecipeError(f"{origin}: key 'model.{name}.sparse' got {side.sparse!r}, wanted {error}") from None
+            need(False, f"model.{name}.sparse", side.sparse, str(error))
         need(side.experts > 0, f"model.{name}.experts", side.experts, "a positive number")
+        need(0 <= side.expert_dropout < 1, f"model.{name}.expert_dropout", side.expert_dropout, "from 0 to below 1")
         need(1 <= router.k <= side.experts, f"{key}.k", router.k, f"1 to model.{name}.experts ({side.experts})")
         need(router.priority in {"batch", "arrival"}, f"{key}.priority", router.priority, "batch or arrival")
         backends = {"auto", "loop", "padded", "grouped"}
@@ -42,6 +56,9 @@ def validate(recipe: Recipe, origin: str = "recipe") -> None:
             need(getattr(router, f) >= 0, f"{key}.{f}", getattr(router, f), "a number not below 0")
         need(router.load == 0 or router.noise > 0, f"{key}.noise", router.noise,
              f"a number above 0, because the load loss ({key}.load) is defined by the noise")  # fmt: skip
+
+
+def _data(d: DataConfig, m: ModelConfig, need: Need) -> None:
     for i, source in enumerate(d.sources):
         key = f"data.sources[{i}]"
         types = {"world", "shards", "folder", "parquet"}
@@ -56,11 +73,7 @@ def validate(recipe: Recipe, origin: str = "recipe") -> None:
         need(size >= 0, f"data.batch.{kind}", size, "a number not below 0")
         need(size == 0 or kind in kinds, f"data.batch.{kind}", size, f"0, because data.sources has no {kind} source")
     if any(source.type == "world" for source in d.sources):
-        need(
-            d.world.image_size == m.image_size, "data.world.image_size", d.world.image_size,
-            f"model.image_size ({m.image_size})",
-        )  # fmt: skip
-        need(1 <= d.world.max_objects <= 4, "data.world.max_objects", d.world.max_objects, "1 to 4")
+        _world(d.world, m, need)
     for f in ("text", "pair_text", "patches", "pair_patches"):
         value = getattr(d.masking, f)
         need(0 < value < 1, f"data.masking.{f}", value, "a share between 0 and 1")
@@ -73,6 +86,17 @@ def validate(recipe: Recipe, origin: str = "recipe") -> None:
     for f in ("dim", "width", "steps", "batch"):
         need(getattr(vis, f) > 0, f"data.visual_tokenizer.{f}", getattr(vis, f), "a positive number")
     need(vis.type in {"vq", "codes"}, "data.visual_tokenizer.type", vis.type, "vq or codes")
+
+
+def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:
+    need(
+        world.image_size == m.image_size, "data.world.image_size", world.image_size,
+        f"model.image_size ({m.image_size})",
+    )  # fmt: skip
+    need(1 <= world.max_objects <= 4, "data.world.max_objects", world.max_objects, "1 to 4")
+
+
+def _train(t: TrainConfig, need: Need) -> None:
     for f in ("steps", "log_every", "checkpoint_every", "keep", "accumulate"):
         need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
     need(t.lr > 0, "train.lr", t.lr, "a positive number")
@@ -80,6 +104,46 @@ def validate(recipe: Recipe, origin: str = "recipe") -> None:
         need(getattr(t, f) >= 0, f"train.{f}", getattr(t, f), "a number not below 0")
     for f in ("beta1", "beta2"):
         need(0 <= getattr(t, f) < 1, f"train.{f}", getattr(t, f), "a number from 0 to below 1")
-    for f in ("samples", "batch"):
-        need(getattr(recipe.eval, f) > 1, f"eval.{f}", getattr(recipe.eval, f), "at least 2")
     need(t.precision in {"auto", "fp32", "bf16"}, "train.precision", t.precision, "auto, fp32 or bf16")
+
+
+def _finetune(recipe: FinetuneRecipe, need: Need) -> None:
+    d, s, t, c = recipe.data, recipe.sparse, recipe.train, recipe.caption
+    need(recipe.task in TASKS, "task", recipe.task, ", ".join(TASKS))
+    need(d.type in {"world", "files"}, "data.type", d.type, "world or files")
+    if d.type == "world":
+        _world(d.world, recipe.model, need)
+    else:
+        need(bool(d.train.file), "data.train.file", d.train.file, "the training examples' file")
+        need(bool(d.eval), "data.eval", d.eval, "a list of splits to evaluate, the first to stop by")
+        for i, files in enumerate(d.eval):
+            need(bool(files.file), f"data.eval[{i}].file", files.file, "the split's file")
+        names = [files.name or "val" for files in d.eval]
+        need(len(set(names)) == len(names), "data.eval", names, "a different name for each split")
+    blind = {"none", "text"} if recipe.task == "nli" else {"none", "image", "text"}
+    if recipe.task in {"classify", "retrieval"}:
+        blind = {"none"}
+    if recipe.task == "caption":
+        blind = {"none", "image"}
+    need(d.blind in blind, "data.blind", d.blind, f"{' or '.join(sorted(blind))} for {recipe.task}")
+    need(d.limit is None or d.limit > 0, "data.limit", d.limit, "a positive number, or null for all")
+    for f in ("answers", "batch"):
+        need(getattr(d, f) > 0, f"data.{f}", getattr(d, f), "a positive number")
+    need(d.workers >= 0, "data.workers", d.workers, "a number not below 0")
+    need(0 <= d.max_bad_share <= 1, "data.max_bad_share", d.max_bad_share, "a share from 0 to 1")
+    policies = ("all", "freeze_routers", "freeze_experts", "experts_only")
+    need(s.train in policies, "sparse.train", s.train, ", ".join(policies))
+    for f in ("epochs", "warmup_epochs"):
+        value = getattr(t, f)
+        need(value is None or value > 0, f"train.{f}", value, "a positive number, or null")
+    need(0 < t.layer_decay <= 1, "train.layer_decay", t.layer_decay, "a number above 0, up to 1")
+    need(t.head_lr > 0, "train.head_lr", t.head_lr, "a positive number")
+    for f in ("validate_every", "patience"):
+        need(getattr(t, f) >= 0, f"train.{f}", getattr(t, f), "a number not below 0")
+    for f in ("samples", "validate", "batch"):
+        need(getattr(recipe.eval, f) > 0, f"eval.{f}", getattr(recipe.eval, f), "a positive number")
+    need(0 < c.mask < 1, "caption.mask", c.mask, "a share between 0 and 1")
+    need(c.beam > 0, "caption.beam", c.beam, "a positive number")
+    room = recipe.model.max_text - 2
+    need(0 <= c.max_length <= room, "caption.max_length", c.max_length, f"0 to model.max_text - 2 ({room})")
+    need(0 <= c.min_length <= room, "caption.min_length", c.min_length, f"0 to model.max_text - 2 ({room})")

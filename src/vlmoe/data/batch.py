@@ -22,6 +22,7 @@ class Batch:
     image_BCHW: uint8. patch_mask_BP: True where the patch is hidden and must be predicted. codes_BP: precomputed
     visual codes, when the data carries them. text_BT: token ids, hidden ones already replaced by the mask token.
     valid_BT: True at real tokens, False at padding. target_BT: the true id where a token is hidden, IGNORE elsewhere.
+    label_B: a task's classes, int64 (B,), -1 where unknown; or its answers' scores, float32 (B, L).
     keys: one per sample. patch_factors, token_factors: factor name -> value in words per patch / token, one list per
     sample; empty unless asked for.
     """
@@ -33,6 +34,7 @@ class Batch:
     text_BT: Tensor | None = None
     valid_BT: Tensor | None = None
     target_BT: Tensor | None = None
+    label_B: Tensor | None = None
     patch_factors: list[dict[str, list[str]]] = field(default_factory=list)
     token_factors: list[dict[str, list[str]]] = field(default_factory=list)
 

@@ -9,7 +9,7 @@ import functools
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +18,7 @@ from vlmoe.config import Recipe, UserError, from_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.collate import Collator, Ready
 from vlmoe.data.counter import hash64
+from vlmoe.data.downstream.example import Example
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import KINDS
 from vlmoe.data.skipped import BadBudget
@@ -32,15 +33,17 @@ HELD_OUT_SEED = 0  # the same held-out samples and masks for every run, whatever
 @dataclass
 class Step:
     """One micro-batch. bad: (key, reason) of each sample that was skipped. drawn: samples tried, those included.
-    cut: texts that were longer than model.max_text."""
+    cut: texts that were longer than model.max_text. examples: what a downstream task's batches were made of, without
+    the images, for its evaluation."""
 
     batches: dict[str, Batch]
     bad: list[tuple[str, str]] = field(default_factory=list)
     drawn: int = 0
     cut: int = 0
+    examples: list[Example] = field(default_factory=list)
 
     def pin_memory(self) -> Step:
-        return Step({k: b.pin_memory() for k, b in self.batches.items()}, self.bad, self.drawn, self.cut)
+        return replace(self, batches={k: b.pin_memory() for k, b in self.batches.items()})
 
 
 class StepData(Dataset[Step]):

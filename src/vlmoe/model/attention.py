@@ -56,11 +56,11 @@ class SelfAttention(nn.Module):
         self.inner_norm = serve(nn.LayerNorm, width) if sub_ln else None
         self.out = serve(nn.Linear, width, width)
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None, segments: tuple[Segment, ...]) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, segments: tuple[Segment, ...]) -> Tensor:
+        """mask: bool, broadcastable to (B, heads, T, T), True where a row's token may look at a column's; None: all."""
         B, T, D = x_BTD.shape
         qkv = self.qkv(self.norm(x_BTD, segments), segments)
         q_BHTA, k_BHTA, v_BHTA = qkv.view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        mask = None if valid_BT is None else valid_BT[:, None, None, :]  # unexpanded: the fast form on CPU
         y_BHTA = F.scaled_dot_product_attention(q_BHTA, k_BHTA, v_BHTA, attn_mask=mask)
         y_BTD = y_BHTA.transpose(1, 2).reshape(B, T, D)
         if self.inner_norm is not None:

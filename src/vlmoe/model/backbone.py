@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmoe.config import ModelConfig
 from vlmoe.model.block import Block
 from vlmoe.model.embed import ImageEmbedding, TextEmbedding
-from vlmoe.model.segments import Part, Segment, join
+from vlmoe.model.segments import Part, Segment, causal_mask, join
 from vlmoe.moe import Experts, FeedForward, Router, RoutingStats, replay_context_fn
 
 
@@ -48,16 +48,22 @@ class Backbone(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.reset_parameters()
 
-    def forward(self, parts: list[Part]) -> BackboneOutput:
+    def forward(self, parts: list[Part], causal: str | None = None) -> BackboneOutput:
+        """causal: a modality whose tokens look at no later ones, and which other modalities do not see at all, so that
+        it can be generated from left to right (BEiT-3's captioning)."""
         x_BTD, valid_BT, segments = join(parts)
+        mask = None if valid_BT is None else valid_BT[:, None, None, :]  # unexpanded: the fast form on CPU
+        if causal is not None:
+            order = causal_mask(segments, causal, x_BTD.device)
+            mask = order if mask is None else mask & order
         stats: dict[str, RoutingStats] = {}
         for index, block in enumerate(self.blocks):
             if self.config.recompute and self.training and torch.is_grad_enabled():
                 x_BTD, routed = checkpoint(
-                    block, x_BTD, valid_BT, segments, use_reentrant=False, context_fn=replay_context_fn
+                    block, x_BTD, valid_BT, mask, segments, use_reentrant=False, context_fn=replay_context_fn
                 )
             else:
-                x_BTD, routed = block(x_BTD, valid_BT, segments)
+                x_BTD, routed = block(x_BTD, valid_BT, mask, segments)
             stats |= {f"{index}/{modality}": s for modality, s in routed.items()}
         return BackboneOutput(self.norm(x_BTD), segments, valid_BT, stats)
 

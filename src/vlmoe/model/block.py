@@ -53,10 +53,10 @@ class Block(nn.Module):
         self.drop_path = DropPath(config.drop_path * index / max(config.depth - 1, 1))
 
     def forward(
-        self, x_BTD: Tensor, valid_BT: Tensor | None, segments: tuple[Segment, ...]
+        self, x_BTD: Tensor, valid_BT: Tensor | None, mask: Tensor | None, segments: tuple[Segment, ...]
     ) -> tuple[Tensor, dict[str, RoutingStats]]:
-        """Returns the new x_BTD and, for each modality routed here, how it was."""
-        x_BTD = x_BTD + self.drop_path(self.attention(x_BTD, valid_BT, segments))
+        """Returns the new x_BTD and, for each modality routed here, how it was. mask: see `SelfAttention`."""
+        x_BTD = x_BTD + self.drop_path(self.attention(x_BTD, mask, segments))
         if self.fused is not None and len(segments) > 1:
             return x_BTD + self.drop_path(self.fused(x_BTD, valid_BT)[0]), {}
         parts, stats = [], {}
@@ -91,6 +91,4 @@ def _dense(config: ModelConfig) -> FeedForward:
 def _layer(config: ModelConfig, side: ModalityConfig, index: int) -> FeedForward | MoELayer:
     if index not in sparse_blocks(side.sparse, config.depth):
         return _dense(config)
-    return MoELayer.from_config(
-        config.width, hidden_size(config), config.activation, config.sub_ln, side.experts, side.router
-    )
+    return MoELayer.from_config(config.width, hidden_size(config), config.activation, config.sub_ln, side)

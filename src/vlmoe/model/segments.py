@@ -45,3 +45,17 @@ def join(parts: list[Part]) -> tuple[Tensor, Tensor | None, tuple[Segment, ...]]
         for part in parts
     ]
     return x_BTD, torch.cat(valid, dim=1), tuple(segments)
+
+
+def causal_mask(segments: tuple[Segment, ...], modality: str, device: torch.device) -> Tensor:
+    """bool (1, 1, T, T): who may look at whom when `modality` is written from left to right. Its tokens see the others
+    and those before them; the others do not see it."""
+    T = segments[-1].slice.stop
+    allowed_TT = torch.ones(T, T, dtype=torch.bool, device=device)
+    for segment in segments:
+        if segment.modality == modality:
+            allowed_TT[:, segment.slice] = False
+            n = segment.slice.stop - segment.slice.start
+            before_TT = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+            allowed_TT[segment.slice, segment.slice] = before_TT
+    return allowed_TT[None, None]

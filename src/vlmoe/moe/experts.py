@@ -63,6 +63,7 @@ class Experts(nn.Module):
         activation: str = "gelu",
         bias: bool = True,
         inner_norm: bool = False,
+        dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -71,7 +72,9 @@ class Experts(nn.Module):
             raise ValueError(f"experts: expected at least 1, got {experts}")
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.activation, self.inner_norm = activation, inner_norm
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a share from 0 to below 1, got {dropout}")
+        self.activation, self.inner_norm, self.dropout = activation, inner_norm, dropout
         self.backend = "grouped" if backend == "auto" else backend
         self.w1, self.b1, self.w2, self.b2 = _weights((experts,), width, hidden, activation, bias)
         self.reset_parameters()
@@ -90,7 +93,8 @@ class Experts(nn.Module):
         b1, b2 = (None if b is None else b.to(x_RD.dtype) for b in (self.b1, self.b2))
 
         def act(u: Tensor) -> Tensor:
-            return activate(u, self.activation, self.inner_norm)
+            h = activate(u, self.activation, self.inner_norm)
+            return F.dropout(h, self.dropout) if self.training and self.dropout else h
 
         return RUN[self.backend](x_RD, plan, w1, b1, w2, b2, act)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlmoe.config import RouterConfig
+from vlmoe.config import ModalityConfig
 from vlmoe.moe import balance
 from vlmoe.moe.dispatch import PRIORITIES, Plan, combine, dispatch, plan_dispatch
 from vlmoe.moe.experts import Experts
@@ -56,7 +56,8 @@ class MoELayer(nn.Module):
     renormalize: divide the k gates by their sum. noise: std of the noise on the logits in training, in units of
     1/experts. capacity_factor: an expert takes at most ceil(factor * k * tokens / experts) choices in training
     (capacity_factor_eval: in evaluation); None takes all. priority: who keeps a place, "batch" the largest gates,
-    "arrival" the first tokens. balance, importance, load, z: weights of the losses in `vlmoe.moe.balance`.
+    "arrival" the first tokens. balance, importance, load, z: weights of the losses in `vlmoe.moe.balance`. dropout: of
+    the experts' hidden units, in training (ST-MoE's expert dropout).
     backend: how experts are computed, "loop", "padded", "grouped", or "auto" by device, dtype and shape; all give the
     same numbers.
 
@@ -83,10 +84,11 @@ class MoELayer(nn.Module):
         importance: float = 0.0,
         load: float = 0.0,
         z: float = 0.001,
+        dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.experts = Experts(width, hidden, experts, activation, bias, inner_norm, backend)
+        self.experts = Experts(width, hidden, experts, activation, bias, inner_norm, dropout, backend)
         self.router = Router(width, experts)
         if not 1 <= k <= experts:
             raise ValueError(f"k: expected 1 to experts ({experts}), got {k}")
@@ -107,11 +109,10 @@ class MoELayer(nn.Module):
         self.loss_weights = weights
 
     @classmethod
-    def from_config(
-        cls, width: int, hidden: int, activation: str, inner_norm: bool, experts: int, router: RouterConfig
-    ) -> MoELayer:
+    def from_config(cls, width: int, hidden: int, activation: str, inner_norm: bool, side: ModalityConfig) -> MoELayer:
         """The layer a recipe describes."""
-        return cls(width, hidden, experts, activation=activation, inner_norm=inner_norm, **vars(router))
+        options = vars(side.router) | {"dropout": side.expert_dropout}
+        return cls(width, hidden, side.experts, activation=activation, inner_norm=inner_norm, **options)
 
     def reset_parameters(self) -> None:
         """Draw all weights anew; gives values to a module built on the meta device after `to_empty`."""
