@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmoe.config import Recipe, UserError, load_recipe, recipe_names
+from vlmoe.config import TASKS, Recipe, UserError, init_of, load_finetune, load_recipe, recipe_names
 
 app = typer.Typer(
     name="vlmoe",
@@ -29,6 +29,8 @@ RecipeName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example train.steps=100.")
 ]
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help=", ".join(TASKS) + ".")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; auto picks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 
 
@@ -48,21 +50,90 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
     print_report(evaluate_run(Path(plan.run.dir)), Path(plan.run.dir))
 
 
+@app.command()
+def finetune(
+    task: TaskName,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help=f"A packaged recipe ({', '.join(recipe_names('finetune'))}), a YAML file's path or a run's folder.",
+        ),
+    ],
+    overrides: Overrides = None,
+    init: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="The run to start from; default: the recipe's.")
+    ] = None,
+) -> None:
+    """Fine-tune a pre-trained run for a task, or go on from where the run in run.dir stopped.
+
+    Keeps the weights that validated best, and ends with the scores on every split.
+    """
+    from vlmoe.evaluate.downstream import evaluate_task, print_task_report
+    from vlmoe.tasks.export import load
+    from vlmoe.train.finetune import finetune as run
+
+    start = str(init) if init is not None else init_of(recipe, overrides)
+    plan = load_finetune(task, recipe, load(start).recipe, start, overrides)
+    result = run(plan)
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
+    folder = Path(plan.run.dir)
+    print_task_report(evaluate_task(folder, progress=True), folder)
+
+
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    device: Annotated[str, typer.Option(help="cpu or cuda; auto picks.")] = "auto",
+    task: Annotated[
+        str | None, typer.Argument(metavar="[TASK]", help="What a fine-tuned run must be fine-tuned for.")
+    ] = None,
+    device: Device = "auto",
     samples: Annotated[int | None, typer.Option(help="Held-out samples of each split; default: the recipe's.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Of a fine-tuned run: a split; may be repeated.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Of a fine-tuned run: examples at a time.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Of a fine-tuned run: data processes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out masked prediction: text with and without the image, images, balance of the experts."""
-    from vlmoe.evaluate.report import evaluate_run, print_report
+    """Scores on held-out data.
 
+    Of a fine-tuned run: its task's official metrics with 95% intervals, beside the best constant guess and the score
+    with another example's image or text. Of a pre-trained run: masked prediction, text with and without the image,
+    images, balance of the experts.
+    """
+    from vlmoe.evaluate.downstream import evaluate_task, print_task_report
+    from vlmoe.evaluate.report import evaluate_run, print_report
+    from vlmoe.tasks.export import is_finetuned
+
+    if task is not None or is_finetuned(run):
+        report = evaluate_task(
+            run, task, device=device, splits=split, samples=samples, batch=batch, workers=workers, progress=not as_json
+        )
+        _print_json(report) if as_json else print_task_report(report, run)
+        return
     report = evaluate_run(run, device=device, samples=samples)
-    if as_json:
-        _print_json(report)
-    else:
-        print_report(report, run)
+    _print_json(report) if as_json else print_report(report, run)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A fine-tuned run's folder.")],
+    task: TaskName,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image; for nlvr2 give two, for retrieval a folder to search.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="The question, sentence or query; for nli premise and hypothesis.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """One answer to your own images and texts, with probabilities and the experts that served it."""
+    from vlmoe.evaluate.predict import predict as answer
+    from vlmoe.evaluate.predict import print_prediction
+
+    result = answer(run, task, image or [], text or [], device)
+    _print_json(result) if as_json else print_prediction(result)
 
 
 @app.command()

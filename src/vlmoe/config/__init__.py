@@ -6,7 +6,16 @@ ours.
 """
 
 from vlmoe.config.finetune import TASKS, CaptionConfig, FilesConfig, FinetuneRecipe, TaskDataConfig
-from vlmoe.config.reading import from_mapping, known_keys, load_finetune, load_recipe, recipe_names, to_mapping, to_yaml
+from vlmoe.config.reading import (
+    from_mapping,
+    init_of,
+    known_keys,
+    load_finetune,
+    load_recipe,
+    recipe_names,
+    to_mapping,
+    to_yaml,
+)
 from vlmoe.config.schema import (
     BatchConfig,
     DataConfig,
@@ -50,6 +59,7 @@ __all__ = [
     "VisualTokenizerConfig",
     "WorldConfig",
     "from_mapping",
+    "init_of",
     "known_keys",
     "load_finetune",
     "load_recipe",

@@ -37,7 +37,9 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
     return from_mapping(OmegaConf.to_container(given), origin=recipe, name=name)  # type: ignore[arg-type]
 
 
-def load_finetune(task: str, recipe: str, pretrained: Recipe, init: str, overrides: list[str] | None) -> FinetuneRecipe:
+def load_finetune(
+    task: str, recipe: str, pretrained: Recipe | FinetuneRecipe, init: str, overrides: list[str] | None = None
+) -> FinetuneRecipe:
     """Read a fine-tuning recipe for one task.
 
     A recipe may hold a section `tasks.NAME` for each task, which goes before its common keys. What it says of the model
@@ -70,6 +72,15 @@ def load_finetune(task: str, recipe: str, pretrained: Recipe, init: str, overrid
         OmegaConf.to_container(given),  # type: ignore[arg-type]
         origin=recipe, name=f"{Path(init).name}-{task}" if init else f"{name}-{task}", schema=FinetuneRecipe,
     )  # fmt: skip
+
+
+def init_of(recipe: str, overrides: list[str] | None) -> str:
+    """The run that a fine-tuning recipe starts from. Raises RecipeError when it names none."""
+    given, _ = _given(recipe, "finetune")
+    _override(given, [o for o in overrides or [] if o.startswith("init=")])
+    if not given.get("init"):
+        raise RecipeError(f"recipe {recipe}: names no run to start from: give --init RUN, a pre-trained run's folder")
+    return str(given.init)
 
 
 def _merge(below: Any, above: Any) -> DictConfig:

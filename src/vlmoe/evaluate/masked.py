@@ -6,7 +6,7 @@ Shape suffixes: B batch · P patches · T text tokens · M hidden positions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,22 +47,42 @@ class Tally:
         return {"accuracy": self.accuracy, "interval": [float(low), float(high)], "predictions": int(asked.sum())}
 
 
-def view_of(batch: Batch, view: str) -> Batch:
-    """The batch as one of VIEWS: with its own images, with none, or with those of the next sample."""
+def with_next_images(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with the images of the samples one further on (the last sample: of the first), whatever the size of
+    the batches."""
+    first: Tensor | None = None
+    held: Batch | None = None
+    for batch in batches:
+        assert batch.image_BCHW is not None
+        if held is None:
+            first = batch.image_BCHW[:1]
+        else:
+            assert held.image_BCHW is not None
+            yield held, torch.cat([held.image_BCHW[1:], batch.image_BCHW[:1]])
+        held = batch
+    if held is not None and first is not None:
+        assert held.image_BCHW is not None
+        yield held, torch.cat([held.image_BCHW[1:], first])
+
+
+def view_of(batch: Batch, view: str, other_BCHW: Tensor | None = None) -> Batch:
+    """The batch as one of VIEWS: with its own images, with none, or with others'."""
     if view == "blind":
         return replace(batch, image_BCHW=None, patch_mask_BP=None, codes_BP=None)
     if view == "swapped":
-        assert batch.image_BCHW is not None
-        return replace(batch, image_BCHW=batch.image_BCHW.roll(1, dims=0))
+        assert other_BCHW is not None
+        return replace(batch, image_BCHW=other_BCHW)
     return batch
 
 
 @torch.no_grad()
-def fill_in(model: MaskedDataModelling, batch: Batch, view: str = "seen") -> Tensor:
+def fill_in(
+    model: MaskedDataModelling, batch: Batch, view: str = "seen", other_BCHW: Tensor | None = None
+) -> Tensor:
     """text_BT with every hidden token replaced by the model's first choice; images are shown whole."""
     assert batch.text_BT is not None and batch.target_BT is not None
     hidden_BT = batch.target_BT != IGNORE
-    x_MD = model.run(view_of(batch, view), hide_patches=False).features("text")[hidden_BT]
+    x_MD = model.run(view_of(batch, view, other_BCHW), hide_patches=False).features("text")[hidden_BT]
     filled_BT = batch.text_BT.clone()
     filled_BT[hidden_BT] = model.text_logits(x_MD).argmax(dim=-1)
     return filled_BT
@@ -75,11 +95,11 @@ def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[st
     """
     tallies = {view: Tally() for view in VIEWS}
     classes: dict[str, dict[str, Tally]] = {}
-    for batch in batches:
+    for batch, other_BCHW in with_next_images(batches):
         assert batch.target_BT is not None
         hidden_BT = batch.target_BT != IGNORE
         for view in VIEWS:
-            right_BT = (fill_in(model, batch, view) == batch.target_BT) & hidden_BT
+            right_BT = (fill_in(model, batch, view, other_BCHW) == batch.target_BT) & hidden_BT
             for b, (right_T, hidden_T) in enumerate(zip(right_BT.tolist(), hidden_BT.tolist(), strict=True)):
                 tallies[view].add(sum(right_T), sum(hidden_T))
                 words = batch.token_factors[b].get("word_class", []) if batch.token_factors else []

@@ -16,7 +16,7 @@ from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.sources import held_out_splits
 from vlmoe.evaluate.completions import Completion, complete, draw
 from vlmoe.evaluate.masked import evaluate_masked
-from vlmoe.tasks.export import Pretrained, load
+from vlmoe.tasks.export import Pretrained, load_pretrained
 
 SCORES, PICTURE = "eval.json", "completions.png"
 
@@ -28,7 +28,7 @@ def evaluate_run(run: Path, device: str = "auto", samples: int | None = None) ->
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = load(run, device)
+    trained = load_pretrained(run, device)
     recipe = trained.recipe
     count = samples or recipe.eval.samples
 

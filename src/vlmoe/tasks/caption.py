@@ -1,8 +1,8 @@
 """Captioning as BEiT-3 does it: the masked model itself writes from left to right.
 
-In training most of a caption's tokens are hidden and predicted, each from the image and what stands before it. To write,
-a mask token is put at the end, filled in, and the next one put behind it. No decoder is added: the head is that of
-pre-training, and who looks at whom is a mask (`Backbone.forward`, causal).
+In training most of a caption's tokens are hidden and predicted, each from the image and what stands before it. To
+write, a mask token is put at the end, filled in, and the next one put behind it. No decoder is added: the head is that
+of pre-training, and who looks at whom is a mask (`Backbone.forward`, causal).
 
 Shape suffixes: B images · K beams · T text tokens · V vocabulary.
 """
@@ -163,6 +163,4 @@ class Caption(Downstream):
         return {"CIDEr": cider_d(texts, references), "BLEU-4": bleu4(texts, references)}
 
     def show(self, answer: Written) -> list[dict[str, Any]]:
-        return [
-            {"answer": text, "probability": p} for text, p in zip(answer.texts, answer.probabilities, strict=True)
-        ]
+        return [{"answer": text, "probability": p} for text, p in zip(answer.texts, answer.probabilities, strict=True)]

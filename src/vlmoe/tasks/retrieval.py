@@ -142,4 +142,4 @@ def gather(x_BD: Tensor) -> Tensor:
     """(G, D): the rows of all processes, in order of rank, with gradient."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x_BD
-    return torch.cat(all_gather(x_BD.contiguous()))  # type: ignore[no-untyped-call]
+    return torch.cat(all_gather(x_BD.contiguous()))

@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmoe.config import Recipe, UserError, to_mapping
+from vlmoe.config import FinetuneRecipe, Recipe, UserError, to_mapping
 from vlmoe.tasks.base import Task
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-FORMAT = 1
+FORMAT = 2
 # Keys that may differ between a checkpoint and the recipe that goes on from it: none of them enters the numbers.
 FREE_KEYS = re.compile(
-    r"(name|about|run\..*|eval\..*|data\.workers|data\.max_bad_share"
+    r"(name|about|run\..*|eval\.(samples|batch|pictures)|data\.workers|data\.max_bad_share"
     r"|train\.(log_every|checkpoint_every|keep|device))"
 )
 
@@ -45,6 +45,7 @@ class State:
     step: updates done. micro_step: the next micro-batch's number in the data. seconds: time trained so far, over all
     launches. loss: of the last step. recipe: as plain mapping. bad: the count of skipped samples. logs: file name ->
     bytes that it had, to cut it back to on resume. machine: what bit-identity depends on (threads, torch, device).
+    validation: see `loop.Validation`; empty without one.
     """
 
     step: int
@@ -55,6 +56,7 @@ class State:
     bad: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
 
 
 # -------------------------------------------------------------------------------------------------------------- folder
@@ -114,6 +116,38 @@ def save(folder: Path, state: State, task: Task, optimizer: torch.optim.Optimize
         ) from None
     prune(folder, keep)
     return final
+
+
+def save_weights(folder: Path, task: Task) -> None:
+    """A task's weights alone, in `folder/model.safetensors`, replacing what was there; whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written; the older one is untouched.
+    """
+    temporary = folder / f".{MODEL}.tmp-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, tied = _untie(task.state_dict())
+        save_file(weights, temporary, metadata={"tied": json.dumps(tied)})
+        _fsync(temporary)
+        os.replace(temporary, folder / MODEL)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{folder / MODEL}: the best weights could not be written: {error}") from None
+
+
+def load_weights(folder: Path, task: Task) -> None:
+    """Load what `save_weights` wrote. Raises CheckpointError: missing, unreadable, or of another model."""
+    file = folder / MODEL
+    try:
+        with safe_open(file, framework="pt") as content:
+            tied = json.loads((content.metadata() or {}).get("tied", "{}"))
+        weights = load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable ({error})") from None
+    weights |= {name: weights[holder] for name, holder in tied.items()}
+    _check_tensors(file, weights, dict(task.state_dict()))
+    task.load_state_dict(weights)
 
 
 def _write(folder: Path, state: State, task: Task, optimizer: torch.optim.Optimizer) -> None:
@@ -198,7 +232,7 @@ def restore(path: Path, task: Task, optimizer: torch.optim.Optimizer) -> State:
     return read_state(path)
 
 
-def check_recipe(path: Path, recipe: Recipe) -> None:
+def check_recipe(path: Path, recipe: Recipe | FinetuneRecipe) -> None:
     """Refuse to go on from checkpoint `path` with a recipe that would have led to other numbers.
 
     Raises:

@@ -11,7 +11,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmoe.config import Recipe, TrainConfig, UserError, to_mapping
+from vlmoe.config import FinetuneRecipe, Recipe, TrainConfig, UserError, to_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import BadBudget, Step, make_loader
 from vlmoe.tasks.base import StepOutput, Task
@@ -29,7 +29,7 @@ from vlmoe.train.progress import Display
 from vlmoe.train.runlog import SKIPPED, RunError, RunLog, lock_run, machine
 from vlmoe.train.signals import StopRequest
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BEST = "checkpoints", "best"
 ROUTING_RECORDS = 1000  # at most in a run: enough for a heat map over time, small beside the checkpoints
 
 
@@ -59,10 +59,43 @@ class TrainResult:
         return self.stopped_by is not None
 
 
-def train(recipe: Recipe, task: Task, dataset: Dataset[Step], run_dir: str | Path) -> TrainResult:
+@dataclass
+class Validation:
+    """When and how a run is judged while it trains, and what came of it.
+
+    score: of the task in evaluation mode, higher is better; it draws no random numbers of torch's default generator.
+    every: steps between two. patience: validations without a better one after which training ends; 0: never.
+    best, best_step, misses: the best score, its step, validations since. Weights of the best are kept in the run's
+    folder `best`.
+    """
+
+    score: Callable[[Task], float]
+    every: int
+    patience: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    misses: int = 0
+
+    def record(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"best": self.best, "best_step": self.best_step, "misses": self.misses} if self.best_step else {}
+
+    @property
+    def exhausted(self) -> bool:
+        return bool(self.patience) and self.misses >= self.patience
+
+
+def train(
+    recipe: Recipe | FinetuneRecipe,
+    task: Task,
+    dataset: Dataset[Step],
+    run_dir: str | Path,
+    validation: Validation | None = None,
+) -> TrainResult:
     """Train `task` to `train.steps`, or on from the newest checkpoint in `run_dir`.
 
-    task: freshly initialised from the recipe's seed; it holds the trained weights afterwards. dataset: item n is the
+    task: freshly initialised from the recipe's seed; it holds the trained weights afterwards, with a validation those
+    of the best one. dataset: item n is the
     n-th micro-batch. run_dir: gets checkpoints/, the logs of `runlog`, skipped.jsonl and, at the end, curves.png and
     routing.png.
 
@@ -73,7 +106,7 @@ def train(recipe: Recipe, task: Task, dataset: Dataset[Step], run_dir: str | Pat
     run_dir = Path(run_dir)
     device = pick_device(recipe.train.device)
     with lock_run(run_dir):
-        return Trainer(recipe, task, dataset, run_dir, device).run()
+        return Trainer(recipe, task, dataset, run_dir, device, validation).run()
 
 
 def pick_device(name: str) -> torch.device:
@@ -119,11 +152,20 @@ class _Clock:
 class Trainer:
     """One launch. Use `train`, which holds the folder's lock."""
 
-    def __init__(self, recipe: Recipe, task: Task, dataset: Dataset[Step], run_dir: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe | FinetuneRecipe,
+        task: Task,
+        dataset: Dataset[Step],
+        run_dir: Path,
+        device: torch.device,
+        validation: Validation | None = None,
+    ) -> None:
         self.recipe, self.config, self.dataset, self.run_dir = recipe, recipe.train, dataset, run_dir
         self.device = device
         self.dtype = pick_precision(self.config.precision, device)
         self.folder = run_dir / CHECKPOINTS
+        self.validation = validation
         checkpoint.sweep(self.folder)
         self.task = task.to(device).train()
         self.task.prepare(device)
@@ -134,6 +176,9 @@ class Trainer:
             checkpoint.check_recipe(found, recipe)
             self.state = checkpoint.restore(found, self.task, self.optimizer)
             checkpoint.prune(self.folder, self.config.keep)  # an earlier launch may have died before it could
+        if self.validation is not None:
+            for name, value in self.state.validation.items():
+                setattr(self.validation, name, value)
         self.resumed_from = self.saved_step = self.state.step
         self.launched = _Clock(time.perf_counter())
         self.lap = _Clock(time.perf_counter())
@@ -143,7 +188,8 @@ class Trainer:
     def run(self) -> TrainResult:
         steps = self.config.steps
         with Display(self.recipe.name, self.state.step, steps) as display:
-            if self.state.step >= steps:
+            if self._ended():
+                self._take_best()
                 display.say(f"{self.run_dir}: already at step {self.state.step} of {steps}, nothing left to train")
                 if not (self.run_dir / "curves.png").exists():  # killed between the last checkpoint and the plots
                     self._plot(display)
@@ -159,6 +205,8 @@ class Trainer:
             finally:
                 self.log.close()
             result = self._result(stopped_by)
+            if stopped_by is None:
+                self._take_best()
             if stopped_by is not None:
                 done = self.state.step > 0
                 saved = "saved; the same command goes on from there" if done else "before there was anything to save"
@@ -189,15 +237,16 @@ class Trainer:
             )
             self.launched = _Clock(time.perf_counter())
             self.lap = _Clock(time.perf_counter())
-            while self.state.step < config.steps and stop.number is None:
+            while not self._ended() and stop.number is None:
                 try:
                     self._step(data, display)
+                    self._validate(display)
                 except RuntimeError:
                     if stop.number is None:  # else: a signal to the whole process group took the workers along
                         raise
-                if self.state.step % config.checkpoint_every == 0 and self.state.step < config.steps:
+                if self.state.step % config.checkpoint_every == 0 and not self._ended():
                     self._save()
-            complete = self.state.step >= config.steps
+            complete = self._ended()
             if complete:
                 self.budget.finish()
             self._save()
@@ -230,6 +279,35 @@ class Trainer:
             load = _sum([o.load for o in outputs])
             if load:
                 self.log.routing(number, load)
+
+    def _ended(self) -> bool:
+        early = self.validation is not None and self.validation.exhausted
+        return early or self.state.step >= self.config.steps
+
+    def _validate(self, display: Display) -> None:
+        """Judge the task when it is time, and keep its weights when it was never better."""
+        v, step = self.validation, self.state.step
+        if v is None or (step % v.every and step != self.config.steps):
+            return
+        began = time.perf_counter()
+        self.task.eval()
+        score = v.score(self.task)
+        self.task.train()
+        v.misses += 1
+        if score > v.best:
+            v.best, v.best_step, v.misses = score, step, 0
+            checkpoint.save_weights(self.run_dir / BEST, self.task)
+        took = time.perf_counter() - began
+        self.log.event("validation", step=step, score=score, best=v.best, best_step=v.best_step, seconds=took)
+        display.say(f"step {step}: validation {score:.4f}" + ("" if v.misses else ", the best so far"))
+        if v.exhausted:
+            display.say(f"no better for {v.misses} validations: training ends, step {v.best_step} is kept")
+        for clock in (self.launched, self.lap):  # throughput is that of training
+            clock.began += took
+
+    def _take_best(self) -> None:
+        if self.validation is not None and self.validation.best_step:
+            checkpoint.load_weights(self.run_dir / BEST, self.task)
 
     def _next(self, data: Iterator[Step]) -> dict[str, Batch]:
         """The next micro-batch on the device; its bad samples counted, its waiting time measured."""
@@ -284,6 +362,7 @@ class Trainer:
             bad=self.budget.state_dict(),
             logs=self.log.sizes(),
             machine=machine(self.device),
+            validation=self.validation.record() if self.validation is not None else {},
         )
         path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep)
         self.saved_step = self.state.step

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from vlmoe.config import Recipe, UserError, to_yaml
+from vlmoe.config import FinetuneRecipe, Recipe, UserError, to_yaml
 
 METRICS, ROUTING, EVENTS, SKIPPED = "metrics.jsonl", "routing.jsonl", "events.jsonl", "skipped.jsonl"
 LOCK = ".lock"
@@ -92,7 +92,7 @@ class RunLog:
     run_dir: the folder, locked by the caller. sizes: bytes that each log had at that step, from `State.logs`.
     """
 
-    def __init__(self, run_dir: Path, recipe: Recipe, step: int, sizes: dict[str, int]) -> None:
+    def __init__(self, run_dir: Path, recipe: Recipe | FinetuneRecipe, step: int, sizes: dict[str, int]) -> None:
         self.run_dir = run_dir
         try:
             for name in (METRICS, ROUTING, SKIPPED):

@@ -1,0 +1,158 @@
+"""Scores of a fine-tuned run on its task's splits: official metrics with intervals, beside what guessing scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vlmoe.config import UserError
+from vlmoe.data.downstream.loader import EvalData, count_of, open_split, splits_of
+from vlmoe.metrics import Score
+from vlmoe.tasks.answer import Answered, answer_all
+from vlmoe.tasks.export import Finetuned, load_finetuned
+from vlmoe.tasks.registry import collate_of
+
+SCORES = "eval.json"
+UNITS = {"CIDEr": 1.0, "BLEU-4": 1.0}  # already as papers quote them; everything else is a share, shown in percent
+
+
+def evaluate_task(
+    run: Path,
+    task: str | None = None,
+    *,
+    device: str = "auto",
+    splits: list[str] | None = None,
+    samples: int | None = None,
+    batch: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Score a fine-tuned run; writes eval.json into its folder and returns the report.
+
+    task: if given, what the run must be fine-tuned for. splits: of its data; None: all. samples: of each split, at
+    most; None: the recipe's. The numbers do not depend on `batch` and `workers`, unless experts have a capacity in
+    evaluation.
+
+    Raises UserError: another task, no such split, unusable files.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained = load_finetuned(run, task, device)
+    recipe = trained.recipe
+    known = splits_of(recipe)
+    for split in splits or ():
+        if split not in known:
+            raise UserError(f"no split '{split}' for {recipe.task}: there are {', '.join(known)}")
+    report: dict[str, Any] = {"task": recipe.task, "main": type(trained.model).main, "splits": {}}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress, transient=True) as bar:
+        for split in splits or known:
+            row = bar.add_task(f"{recipe.task} {split}", total=None)
+            report["splits"][split] = _evaluate_split(
+                trained, split, torch.device(device), samples, batch or recipe.eval.batch,
+                recipe.data.workers if workers is None else workers,
+                lambda done, total, row=row: bar.update(row, completed=done, total=total),
+            )  # fmt: skip
+    temporary = run / (SCORES + ".tmp")
+    temporary.write_text(json.dumps(report, indent=1))
+    temporary.replace(run / SCORES)
+    return report
+
+
+def _evaluate_split(
+    trained: Finetuned, split: str, device: torch.device, samples: int | None, batch: int, workers: int, tick: Any
+) -> dict[str, Any]:
+    recipe, model = trained.recipe, trained.model
+    examples = open_split(recipe, split, trained.labels or None)
+    count = min(len(examples), samples or count_of(recipe, examples, split))
+    collate = collate_of(recipe, trained.labels, trained.text_tokenizer)
+    seen = answer_all(model, EvalData(examples, collate, count, batch), device, workers, lambda done: tick(done, count))
+    report: dict[str, Any] = {
+        "examples": len(seen.examples),
+        "skipped": [{"key": key, "reason": reason} for key, reason in seen.skipped],
+        "scores": _plain(seen.scores(model)),
+        "guess": _plain(model.guess(seen.examples)),
+    }
+    if model.swaps and recipe.data.blind == "none" and count > 1:
+        other = answer_all(model, EvalData(examples, collate, count, batch, model.swaps), device, workers)
+        report["swapped"] = {"part": model.swaps, "scores": _plain(other.scores(model))}
+    factors = sorted({name for e in seen.examples for name in e.factors})
+    report["by"] = {name: _by(seen, trained, name) for name in factors}
+    return report
+
+
+def _by(seen: Answered, trained: Finetuned, factor: str) -> dict[str, Any]:
+    groups = {
+        value: [e for e in seen.examples if e.factors.get(factor) == value]
+        for value in sorted({e.factors.get(factor, "") for e in seen.examples})
+    }
+    return {
+        value: {"scores": _plain(scores), "guess": _plain(trained.model.guess(groups[value]))}
+        for value, scores in seen.scores_by(trained.model, factor).items()
+    }
+
+
+def _plain(scores: dict[str, Score]) -> dict[str, Any]:
+    return {name: score.as_dict() for name, score in scores.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- for people
+def print_task_report(report: dict[str, Any], run: Path, console: Console | None = None) -> None:
+    """The report as tables."""
+    console = console or Console()
+    main = report["main"]
+    names = list(dict.fromkeys(n for split in report["splits"].values() for n in split["scores"]))
+    swapped = next((s["swapped"]["part"] for s in report["splits"].values() if "swapped" in s), None)
+    table = Table(title=f"{report['task']}: {run} [95% interval]", title_justify="left")
+    table.add_column("split")
+    table.add_column("examples", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column(f"best guess, {main}", justify="right")
+    if swapped:
+        table.add_column(f"another's {swapped}, {main}", justify="right")
+    for split, row in report["splits"].items():
+        cells = [split, str(row["examples"]), *(shown(n, row["scores"].get(n)) for n in names)]
+        cells.append(shown(main, row["guess"].get(main), interval=False))
+        if swapped:
+            cells.append(shown(main, row.get("swapped", {}).get("scores", {}).get(main), interval=False))
+        table.add_row(*cells)
+    console.print(table)
+    first, row = next(iter(report["splits"].items()))
+    for factor, values in row["by"].items():
+        if not 1 < len(values) <= 40:
+            continue
+        part = Table(title=f"{first}, by {factor}", title_justify="left")
+        for column in (factor, "examples", main, "best guess"):
+            part.add_column(column, justify="left" if column == factor else "right")
+        for value, found in values.items():
+            score = found["scores"].get(main)
+            guess = shown(main, found["guess"].get(main), interval=False)
+            part.add_row(value, str(score["n"]) if score else "-", shown(main, score), guess)
+        console.print(part)
+    for split, found in report["splits"].items():
+        if found["skipped"]:
+            bad = found["skipped"][0]
+            console.print(
+                f"{split}: {len(found['skipped'])} examples could not be read and are not scored; the first, "
+                f"{bad['key']}: {bad['reason']}", highlight=False, markup=False,
+            )  # fmt: skip
+    console.print(f"all scores: {run / SCORES}", highlight=False, markup=False)
+
+
+def shown(name: str, score: dict[str, Any] | None, interval: bool = True) -> str:
+    """'71.3 [70.1, 72.4]'; shares in percent."""
+    if score is None or score["n"] == 0:
+        return "-"
+    unit = UNITS.get(name, 100.0)
+    text = f"{unit * score['value']:.1f}"
+    if interval and score["interval"] is not None:
+        low, high = score["interval"]
+        text += f" [{unit * low:.1f}, {unit * high:.1f}]"
+    return text

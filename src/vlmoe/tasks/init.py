@@ -1,0 +1,60 @@
+"""From a pre-trained backbone to a task's: weights are copied, positions fitted to another size.
+
+Shape suffixes: D width · S patches along an edge.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmoe.config import UserError
+from vlmoe.tasks.base import Task
+from vlmoe.tasks.caption import Caption
+from vlmoe.tasks.downstream import Downstream
+from vlmoe.tasks.pretrain import MaskedDataModelling
+
+IMAGE_POSITION, TEXT_POSITION = "backbone.image.position", "backbone.text.position"
+
+
+@torch.no_grad()
+def start_from(task: Downstream, pretrained: Task) -> None:
+    """Copy a pre-trained model's backbone into a task, and into a captioner the text head's bias.
+
+    Positions of patches are interpolated to another image size; further text positions stay as they were drawn.
+
+    Raises:
+        UserError: another tensor has another shape, as after a change of width, patch or experts; it is named.
+    """
+    wanted = task.state_dict()
+    for name, tensor in pretrained.state_dict().items():
+        ours = isinstance(task, Caption) and isinstance(pretrained, (MaskedDataModelling, Caption))
+        if not name.startswith("backbone.") and not (ours and name == "text_bias"):
+            continue
+        if name == IMAGE_POSITION:
+            tensor = interpolate_positions(tensor, wanted[name].shape[1])
+        if name == TEXT_POSITION:
+            tensor = torch.cat([tensor, wanted[name][:, tensor.shape[1] :]], dim=1)[:, : wanted[name].shape[1]]
+        if name not in wanted or tensor.shape != wanted[name].shape:
+            here = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+            raise UserError(
+                f"cannot start from the pre-trained weights: {name} has the shape {tuple(tensor.shape)} there and "
+                f"{here} here; of the model's sizes only image_size and max_text may change"
+            )
+        wanted[name].copy_(tensor)
+    missing = [n for n in wanted if n.startswith("backbone.") and n not in pretrained.state_dict()]
+    if missing:
+        raise UserError(f"cannot start from the pre-trained weights: they have no {', '.join(missing[:3])}")
+
+
+def interpolate_positions(position: Tensor, tokens: int) -> Tensor:
+    """(1, 1 + S*S, D) -> (1, tokens, D): the grid of patch positions resized bicubically, the class token's kept."""
+    if position.shape[1] == tokens:
+        return position
+    old, new, D = math.isqrt(position.shape[1] - 1), math.isqrt(tokens - 1), position.shape[2]
+    grid = position[:, 1:].reshape(1, old, old, D).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([position[:, :1], grid.permute(0, 2, 3, 1).reshape(1, new * new, D)], dim=1)

@@ -1,0 +1,99 @@
+"""Fine-tuning from a recipe: a pre-trained backbone, a task's head, the loop, then the best weights as plain files."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from vlmoe.config import FinetuneRecipe, UserError
+from vlmoe.data.downstream.example import Examples
+from vlmoe.data.downstream.loader import EvalData, TrainData, count_of, open_split, splits_of
+from vlmoe.tasks.answer import answer_all
+from vlmoe.tasks.base import Task
+from vlmoe.tasks.downstream import Downstream
+from vlmoe.tasks.export import export, load
+from vlmoe.tasks.init import start_from
+from vlmoe.tasks.registry import build_task, collate_of
+from vlmoe.train import checkpoint
+from vlmoe.train.loop import CHECKPOINTS, TrainResult, Validation, pick_device, train
+from vlmoe.train.pretrain import MODEL, TOKENIZERS
+from vlmoe.train.runlog import lock_run
+
+VALIDATIONS = 10  # in a run, where the recipe does not say
+
+
+def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainResult:
+    """Run a recipe to its end, or on from its last checkpoint.
+
+    Writes into run.dir what pre-training writes, and best/: the weights of the best validation, which model/ holds in
+    the end.
+
+    Raises UserError: the run to start from is no model or does not fit, the task's data is unusable, and all that
+    `train` raises.
+    """
+    console = console or Console()
+    run_dir = Path(recipe.run.dir)
+    device = pick_device(recipe.train.device)
+    start = load(recipe.init)
+    examples = open_split(recipe, "train")
+    first = splits_of(recipe)[0]
+    judged = open_split(recipe, first, examples.labels or None)
+    recipe = with_steps(recipe, examples)
+    with lock_run(run_dir):
+        found = checkpoint.newest(run_dir / CHECKPOINTS)
+        if found is not None:
+            checkpoint.check_recipe(found, recipe)
+        start.text_tokenizer.save(run_dir / TOKENIZERS)
+        torch.manual_seed(recipe.seed)
+        task = build_task(recipe, examples.labels, start.text_tokenizer)
+        if not recipe.train.scratch:
+            start_from(task, start.model)
+        task.freeze()
+        collate = collate_of(recipe, examples.labels, start.text_tokenizer)
+        count = min(count_of(recipe, judged, first), recipe.eval.validate)
+        validation = Validation(
+            _judge(EvalData(judged, collate, count, recipe.eval.batch), device, recipe.data.workers),
+            every=recipe.train.validate_every or max(1, recipe.train.steps // VALIDATIONS),
+            patience=recipe.train.patience,
+        )
+        known = len(examples) < 1 << 40
+        console.print(
+            f"{recipe.task} from {'random weights' if recipe.train.scratch else recipe.init}: "
+            + (f"{count_of(recipe, examples, 'train'):,} training examples" if known else "endless training examples")
+            + (f", {len(examples.labels)} classes" if examples.labels else "")
+            + f"; {type(task).main} on {count} of '{first}' picks the best weights",
+            highlight=False, markup=False,
+        )  # fmt: skip
+        result = train(recipe, task, TrainData(recipe, examples, collate), run_dir, validation)
+        if not result.stopped:
+            export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL, examples.labels)
+    return result
+
+
+def with_steps(recipe: FinetuneRecipe, examples: Examples) -> FinetuneRecipe:
+    """The recipe with `epochs` and `warmup_epochs` turned into steps."""
+    recipe = copy.deepcopy(recipe)
+    t = recipe.train
+    per_epoch = count_of(recipe, examples, "train") / (recipe.data.batch * t.accumulate)
+    for epochs, name in ((t.epochs, "steps"), (t.warmup_epochs, "warmup")):
+        if epochs is not None:
+            if len(examples) >= 1 << 40 and recipe.data.limit is None:
+                raise UserError(f"key 'train.epochs': this data is endless; give train.{name}, or set data.limit")
+            setattr(t, name, max(1, math.ceil(epochs * per_epoch)))
+    return recipe
+
+
+def _judge(data: EvalData, device: torch.device, workers: int) -> Callable[[Task], float]:
+    def score(task: Task) -> float:
+        assert isinstance(task, Downstream)
+        scores = answer_all(task, data, device, workers).scores(task)
+        if type(task).main not in scores or scores[type(task).main].n == 0:
+            raise UserError(f"{data.examples.name}: no example can be scored, so no weights can be chosen by it")
+        return scores[type(task).main].value
+
+    return score
