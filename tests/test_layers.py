@@ -10,11 +10,12 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "recipes": set(),
     "moe": set(),
-    "data": set(),
+    "metrics": set(),
+    "data": {"metrics"},
     "model": {"moe"},
-    "tasks": {"model", "data", "moe"},
+    "tasks": {"model", "data", "moe", "metrics"},
     "train": {"tasks", "data", "model", "moe"},
-    "evaluate": {"tasks", "data", "model", "moe"},
+    "evaluate": {"tasks", "data", "model", "moe", "metrics"},
     "cli": {"train", "evaluate", "tasks", "data", "model", "moe"},
     "__init__": {"tasks"},  # the public name `vlmoe.load`
 }

@@ -15,7 +15,7 @@ from vlmoe.tasks.downstream import Guess
 from vlmoe.tasks.registry import collate_of
 from vlmoe.train.optim import make_optimizer
 
-STEPS = {"vqa": 200, "nlvr2": 200, "retrieval": 200, "classify": 120, "nli": 200, "caption": 400}
+STEPS = {"vqa": 400, "nlvr2": 200, "retrieval": 200, "classify": 120, "nli": 200, "caption": 800}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -61,7 +61,7 @@ def test_another_examples_part_comes_from_the_next_example_and_the_last_takes_th
 # -------------------------------------------------------------------------------------------------------------- sparse
 @pytest.mark.parametrize("policy", ["all", "freeze_routers", "freeze_experts", "experts_only"])
 def test_what_a_policy_freezes_stays_and_the_rest_moves(policy: str) -> None:
-    plan = recipe("vqa", sparse={"train": policy})
+    plan = recipe("nli", sparse={"train": policy})  # in the top block pairs go through the VL-FFN and meet no expert
     before, _ = built(plan)
     after, _ = learn(plan, 3)
     old = before.state_dict()
@@ -72,7 +72,7 @@ def test_what_a_policy_freezes_stays_and_the_rest_moves(policy: str) -> None:
     used = "backbone.blocks.1.attention.qkv.layer.weight"
     assert heads <= moved
     assert bool(moved & routers) == (policy in {"all", "freeze_experts"})
-    assert bool(moved & experts) == (policy != "freeze_experts") or not experts
+    assert bool(moved & experts) == (policy != "freeze_experts")
     assert (used in moved) == (policy != "experts_only")
 
 
@@ -84,7 +84,7 @@ def test_routing_losses_can_be_left_out() -> None:
         task.eval()
         data = EvalData(open_split(plan, "val"), collate_of(plan, task.labels, words), 8, 8)
         output = task(data[0].batches)
-        losses.append(float(output.loss - output.metrics["nli/loss"]))
+        losses.append(float(output.loss.detach() - output.metrics["nli/loss"]))
     assert losses[0] > 1e-4
     assert losses[1] == 0
 

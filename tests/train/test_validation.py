@@ -68,7 +68,8 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
         pass
 
     def dies(task: Task) -> float:
-        if calls.append(1) or len(calls) == 5:  # after the checkpoint of step 4
+        calls.append(1)
+        if len(calls) == 5:  # after the checkpoint of step 4
             raise KilledError
         return by_weight(task)
 

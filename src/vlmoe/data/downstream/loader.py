@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -57,6 +58,10 @@ def count_of(recipe: FinetuneRecipe, examples: Examples, split: str) -> int:
     return min(len(examples), recipe.eval.samples) if recipe.data.type == "world" else len(examples)
 
 
+def _as_it_is(example: Any) -> Any:
+    return example
+
+
 class _Source:
     """Examples in the shape that `Mixture` draws from."""
 
@@ -82,7 +87,7 @@ class TrainData(Dataset[Step]):
     def __getitem__(self, micro_step: int) -> Step:
         step = Step({})
         positions = range(micro_step * self.size, (micro_step + 1) * self.size)
-        examples: list[Example] = [self.mixture.draw(p, lambda e: e, step.bad) for p in positions]  # type: ignore[arg-type,return-value]
+        examples: list[Any] = [self.mixture.draw(p, _as_it_is, step.bad) for p in positions]
         key = hash64("example", self.seed)
         step.batches = self.collate(examples, [stream(key, p) for p in positions], True)
         step.drawn = self.size + len(step.bad)

@@ -1,0 +1,150 @@
+"""What pre-training is worth: six downstream tasks on the embedded world, over several seeds.
+
+    python benchmarks/downstream.py --recipe small --seeds 0 1 2 --jobs 2 --json benchmarks/results/downstream.json
+
+For each seed the recipe is pre-trained; then each task is fine-tuned from these weights, from random weights, and blind
+(from pre-trained weights, without the image, or without the premise), with the same recipe, data and steps. Runs land
+in --runs and finished ones are not repeated, so an interrupted study goes on. With --jobs each run has one thread.
+The interval over seeds is Student's t at 95%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_layer import machine
+from vlmoe.config import TASKS, UserError
+from vlmoe.evaluate.downstream import UNITS
+
+BLIND = {"vqa": "image", "nlvr2": "image", "nli": "text", "caption": "image"}
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # of n values, n - 1 degrees of freedom
+
+
+def vlmoe(*arguments: str, threads: int, log: Path) -> None:
+    """One command in a process of its own, its output in a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "160"}
+    with log.open("a") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmoe.cli", *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    if done.returncode:
+        raise UserError(f"vlmoe {shlex.join(arguments)} ended with {done.returncode}; see {log}")
+
+
+def plan(runs: Path, seeds: Iterable[int], tasks: Iterable[str]) -> list[tuple[str, str, int, list[str]]]:
+    """(task, variant, seed, overrides) of every fine-tuning run."""
+    found = []
+    for seed in seeds:
+        for task in tasks:
+            variants = {"pretrained": [], "scratch": ["train.scratch=true"]}
+            if task in BLIND:
+                variants["blind"] = [f"data.blind={BLIND[task]}"]
+            found += [(task, variant, seed, changes) for variant, changes in variants.items()]
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean and half the width of the 95% interval over seeds; None for a single seed."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def collect(runs: Path, seeds: list[int], tasks: list[str]) -> dict[str, Any]:
+    """task -> split -> variant or baseline -> metric -> {mean, half_width, values}."""
+    table: dict[str, Any] = {}
+    for task, variant, seed, _ in plan(runs, seeds, tasks):
+        file = runs / f"{task}-{variant}-{seed}" / "eval.json"
+        if not file.is_file():
+            continue
+        report = json.loads(file.read_text())
+        for split, row in report["splits"].items():
+            named = {variant: row["scores"]}
+            if variant == "pretrained":
+                named |= {"best guess": row["guess"], "another's input": row.get("swapped", {}).get("scores", {})}
+                for factor, values in row["by"].items():
+                    named |= {f"{factor}={value}": found["scores"] for value, found in values.items()}
+            for name, scores in named.items():
+                for metric, score in scores.items():
+                    if score["n"]:
+                        cell = table.setdefault(task, {}).setdefault(split, {}).setdefault(name, {})
+                        value = score["value"] * UNITS.get(metric, 100.0)
+                        cell.setdefault(metric, {"values": {}})["values"][str(seed)] = round(value, 3)
+    for task in table.values():
+        for split in task.values():
+            for variant in split.values():
+                for cell in variant.values():
+                    mean, half = interval(list(cell["values"].values()))
+                    cell |= {"mean": round(mean, 2), "half_width": None if half is None else round(half, 2)}
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--recipe", default="small", help="of the pre-training run")
+    parser.add_argument("--finetune", default="world", help="recipe of the fine-tuning runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--runs", type=Path, default=Path("runs/downstream"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    threads = 1 if args.jobs > 1 else torch.get_num_threads()
+    logs = args.runs / "logs"
+
+    def pretrain(seed: int) -> None:
+        folder = args.runs / f"pretrain-{seed}"
+        if not (folder / "eval.json").is_file():
+            vlmoe("pretrain", args.recipe, f"seed={seed}", f"run.dir={folder}", threads=threads,
+                  log=logs / f"{folder.name}.txt")  # fmt: skip
+
+    def finetune(run: tuple[str, str, int, list[str]]) -> None:
+        task, variant, seed, changes = run
+        folder = args.runs / f"{task}-{variant}-{seed}"
+        if not (folder / "eval.json").is_file():
+            vlmoe("finetune", task, args.finetune, "--init", str(args.runs / f"pretrain-{seed}"), f"seed={seed}",
+                  f"run.dir={folder}", *changes, threads=threads, log=logs / f"{folder.name}.txt")  # fmt: skip
+        print(folder.name, flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(pretrain, args.seeds))
+        list(pool.map(finetune, plan(args.runs, args.seeds, args.tasks)))
+    results = {
+        "tasks": collect(args.runs, args.seeds, args.tasks),
+        "seeds": args.seeds,
+        "machine": machine("cpu"),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    for task, splits in results["tasks"].items():
+        for split, variants in splits.items():
+            for name, metrics in variants.items():
+                cells = [
+                    f"{m} {c['mean']:.1f}" + ("" if c["half_width"] is None else f" ± {c['half_width']:.1f}")
+                    for m, c in metrics.items()
+                ]
+                print(f"{task:<10} {split:<12} {name:<24} {'   '.join(cells)}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
