@@ -13,13 +13,14 @@ from torch import Tensor
 from vlmoe.metrics.scores import Score, mean_score
 
 KS = (1, 5, 10)
+TIE = 1e-5  # of unit vectors: two images alike differ by float32's rounding, which hangs on how they were batched
 
 
 def ranks(query_ND: Tensor, gallery_MD: Tensor, positives: Sequence[Sequence[int]], chunk: int = 1024) -> Tensor:
     """(N,) the place, from 0, of each query's best right item by inner product; at most `chunk` x M scores are held.
 
-    Wrong items that tie with it stand before it: embeddings that are all alike find nothing. A query without a right
-    item has the rank M. Products are taken in float64, so that their order does not hang on the chunk.
+    Wrong items that tie with it, to within TIE, stand before it: embeddings that are all alike find nothing. A query
+    without a right item has the rank M.
     """
     gallery_MD = gallery_MD.double()
     found = []
@@ -29,7 +30,7 @@ def ranks(query_ND: Tensor, gallery_MD: Tensor, positives: Sequence[Sequence[int
         for row, items in enumerate(positives[start : start + chunk]):
             right_CM[row, list(items)] = True
         best_C = score_CM.masked_fill(~right_CM, -torch.inf).amax(dim=1, keepdim=True)
-        found.append(((score_CM >= best_C) & ~right_CM).sum(dim=1))
+        found.append(((score_CM >= best_C - TIE) & ~right_CM).sum(dim=1))
     rank_N = torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
     missing = torch.tensor([not items for items in positives], dtype=torch.bool, device=rank_N.device)
     return rank_N.masked_fill(missing, len(gallery_MD))
