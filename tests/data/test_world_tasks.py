@@ -88,7 +88,7 @@ def answer(question: str, scene: Scene) -> str:
 
 def test_every_answer_follows_from_the_scene_and_can_be_given() -> None:
     source = WorldExamples("vqa", WORLD, "train")
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for i in range(1500):
         e = source.truth(i)
         assert e.text is not None

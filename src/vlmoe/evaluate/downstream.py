@@ -106,23 +106,22 @@ def _plain(scores: dict[str, Score]) -> dict[str, Any]:
 def print_task_report(report: dict[str, Any], run: Path, console: Console | None = None) -> None:
     """The report as tables."""
     console = console or Console()
-    main = report["main"]
-    names = list(dict.fromkeys(n for split in report["splits"].values() for n in split["scores"]))
-    swapped = next((s["swapped"]["part"] for s in report["splits"].values() if "swapped" in s), None)
+    main, splits = report["main"], report["splits"]
+    names = list(dict.fromkeys(n for split in splits.values() for n in split["scores"]))
+    swapped = next((s["swapped"]["part"] for s in splits.values() if "swapped" in s), None)
     table = Table(title=f"{report['task']}: {run} [95% interval]", title_justify="left")
-    table.add_column("split")
-    table.add_column("examples", justify="right")
+    table.add_column("")
+    for split in splits:
+        table.add_column(split, justify="right", no_wrap=True)
+    table.add_row("examples", *(str(row["examples"]) for row in splits.values()))
     for name in names:
-        table.add_column(name, justify="right")
-    table.add_column(f"best guess, {main}", justify="right")
+        table.add_row(name, *(shown(name, row["scores"].get(name)) for row in splits.values()))
+    if any(row["guess"] for row in splits.values()):
+        guesses = (shown(main, row["guess"].get(main), interval=False) for row in splits.values())
+        table.add_row(f"{main}, best guess", *guesses)
     if swapped:
-        table.add_column(f"another's {swapped}, {main}", justify="right")
-    for split, row in report["splits"].items():
-        cells = [split, str(row["examples"]), *(shown(n, row["scores"].get(n)) for n in names)]
-        cells.append(shown(main, row["guess"].get(main), interval=False))
-        if swapped:
-            cells.append(shown(main, row.get("swapped", {}).get("scores", {}).get(main), interval=False))
-        table.add_row(*cells)
+        others = (row.get("swapped", {}).get("scores", {}).get(main) for row in splits.values())
+        table.add_row(f"{main}, another's {swapped}", *(shown(main, score, interval=False) for score in others))
     console.print(table)
     first, row = next(iter(report["splits"].items()))
     for factor, values in row["by"].items():

@@ -31,7 +31,7 @@ def read(task: str, labels: tuple[str, ...] | None = None, answers: int = 3129, 
 
 
 # ----------------------------------------------------------------------------------------------------------------- vqa
-def vqa(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None] | None = None) -> dict[str, Path]:
+def vqa(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None] | None = None) -> dict[str, Any]:
     for image in (9, 25):
         paint(folder / "train2014" / f"COCO_train2014_{image:012d}.jpg", RED if image == 9 else BLUE)
     questions = {
@@ -143,8 +143,8 @@ def test_missing_files_folders_and_images_are_named(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- nlvr2
-def nlvr2(folder: Path, **change: Any) -> dict[str, Path]:
-    lines = [
+def nlvr2(folder: Path, **change: Any) -> dict[str, Any]:
+    lines: list[dict[str, Any]] = [
         {"sentence": "Both are red.", "left_url": "l", "right_url": "r", "label": "True", "identifier": "dev-850-0-0"},
         {"sentence": "Both are red.", "left_url": "l", "right_url": "r", "label": "False", "identifier": "dev-850-1-0"},
         {"sentence": "One is blue.", "left_url": "l", "right_url": "r", "label": "False", "identifier": "dev-7-0-1",
@@ -185,7 +185,7 @@ def test_nlvr2_lines_that_are_wrong(tmp_path: Path, change: dict[str, Any], word
 
 
 # ------------------------------------------------------------------------------------------------- retrieval, captions
-def karpathy(folder: Path, **change: Any) -> dict[str, Path]:
+def karpathy(folder: Path, **change: Any) -> dict[str, Any]:
     images = [
         {"filepath": "val2014", "filename": f"{i}.jpg", "imgid": i, "split": split,
          "sentences": [{"raw": f" A dog {i}. ", "tokens": ["a"]}, {"raw": "Dogs.", "tokens": ["dogs"]}]}

@@ -1,0 +1,388 @@
+"""Fine-tuning, evaluation and prediction as a user types them, on the world and on genuine files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import vlmoe
+from tests.data.downstream.test_files import karpathy, nlvr2, paint, vqa, write_jsonl
+from tests.golden.record import OVERRIDES
+from tests.test_cli import invoke
+from vlmoe.config import TASKS, RecipeError, UserError, load_finetune, load_recipe, recipe_names
+from vlmoe.data.downstream.loader import open_split
+from vlmoe.tasks.export import Finetuned, load_pretrained
+from vlmoe.tasks.init import interpolate_positions, start_from
+from vlmoe.tasks.registry import build_task
+from vlmoe.train.finetune import with_steps
+
+TINY = [
+    "train.steps=4", "train.warmup=1", "train.device=cpu", "train.validate_every=2", "data.batch=8", "data.workers=0",
+    "eval.samples=8", "eval.validate=8", "eval.batch=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    invoke("pretrain", "demo", f"run.dir={folder}", *OVERRIDES, "train.steps=2", "eval.samples=16", "eval.pictures=2")
+    return folder
+
+
+def finetune(task: str, pretrained: Path, folder: Path, *more: str) -> str:
+    short = ["caption.max_length=4"] if task == "caption" else []
+    return invoke("finetune", task, "world", "--init", str(pretrained), f"run.dir={folder}", *TINY, *short, *more)
+
+
+@pytest.fixture(scope="module")
+def runs(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """A fine-tuned run of every task and what the command printed."""
+    root = tmp_path_factory.mktemp("tasks")
+    return {task: (root / task, finetune(task, pretrained, root / task)) for task in TASKS}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_finetune_leaves_a_model_and_scores(runs: dict[str, tuple[Path, str]], task: str) -> None:
+    folder, output = runs[task]
+    for name in ("recipe.yaml", "metrics.jsonl", "eval.json", "curves.png", "best", "model"):
+        assert (folder / name).exists(), name
+    assert "best guess" in output.replace("\n", " ")
+    report = json.loads((folder / "eval.json").read_text())
+    assert report["task"] == task
+    first = next(iter(report["splits"].values()))
+    assert report["main"] in first["scores"]
+    assert first["examples"] == 8
+    loaded = vlmoe.load(folder)
+    assert isinstance(loaded, Finetuned)
+    assert loaded.labels == loaded.model.labels
+    best, model = load_file(folder / "best" / "model.safetensors"), loaded.model.state_dict()
+    assert all(torch.equal(best[name], model[name]) for name in best)
+
+
+@pytest.mark.parametrize("task", ["vqa", "retrieval", "caption"])
+def test_eval_gives_the_same_numbers_for_any_batch_size_and_worker_count(
+    runs: dict[str, tuple[Path, str]], task: str
+) -> None:
+    folder = str(runs[task][0])
+    wanted = json.loads(invoke("eval", folder, task, "--json"))
+    for batch, workers in (("1", "0"), ("3", "2")):
+        found = json.loads(invoke("eval", folder, task, "--json", "--batch", batch, "--workers", workers))
+        assert found == wanted
+
+
+def test_eval_of_one_split(runs: dict[str, tuple[Path, str]]) -> None:
+    report = json.loads(invoke("eval", str(runs["nli"][0]), "--split", "mismatched", "--samples", "5", "--json"))
+    assert list(report["splits"]) == ["mismatched"]
+    assert report["splits"]["mismatched"]["examples"] == 5
+    with pytest.raises(UserError, match="no split 'test' for nli: there are val, mismatched"):
+        invoke("eval", str(runs["nli"][0]), "--split", "test")
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(pretrained: Path, tmp_path: Path) -> None:
+    """Stopped by early stopping's own end of patience or not, the second launch repeats what the first would do."""
+    finetune("nli", pretrained, tmp_path / "whole", "train.checkpoint_every=2")
+    finetune("nli", pretrained, tmp_path / "cut", "train.checkpoint_every=2")
+    for gone in ("checkpoints/step-4", "model", "best"):
+        shutil.rmtree(tmp_path / "cut" / gone)
+    shutil.copytree(tmp_path / "whole" / "best", tmp_path / "cut" / "best")  # as it was when the run was killed
+    output = finetune("nli", pretrained, tmp_path / "cut", "train.checkpoint_every=2")
+    assert "going on from step 2" in output
+    a, b = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_another_recipe_in_the_same_folder_is_refused(runs: dict[str, tuple[Path, str]], pretrained: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.lr"):
+        finetune("vqa", pretrained, runs["vqa"][0], "train.lr=0.5")
+
+
+# ------------------------------------------------------------------------------------------------------------- predict
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        paint(folder / f"{i}.png", (80 * i, 255 - 80 * i, 0))
+    return folder
+
+
+def inputs(task: str, pictures: Path) -> list[str]:
+    image = ["--image", str(pictures / "0.png")]
+    return {
+        "vqa": [*image, "--text", "what colour is it ?"],
+        "nlvr2": [*image, "--image", str(pictures / "1.png"), "--text", "both images show a digit"],
+        "classify": image,
+        "nli": ["--text", "a red digit", "--text", "the digit is red"],
+        "caption": image,
+        "retrieval": ["--image", str(pictures), "--text", "a red digit"],
+    }[task]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predict(runs: dict[str, tuple[Path, str]], pictures: Path, task: str) -> None:
+    words = ["predict", str(runs[task][0]), task, *inputs(task, pictures)]
+    result = json.loads(invoke(*words, "--json"))
+    assert result["task"] == task
+    assert result["answers"]
+    probabilities = [a["probability"] for a in result["answers"]]
+    assert all(0 <= p <= 1 for p in probabilities)
+    if task in {"nli", "nlvr2", "retrieval"}:
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+        assert probabilities == sorted(probabilities, reverse=True)
+    assert result["experts"]
+    assert all(sum(shares) == pytest.approx(1) for shares in result["experts"].values())
+    assert str(result["answers"][0]["answer"])[:20] in invoke(*words).replace("\n", " ")
+
+
+def test_a_search_keeps_its_embeddings_until_an_image_changes(
+    runs: dict[str, tuple[Path, str]], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlmoe.evaluate import predict as module
+
+    folder, calls = tmp_path / "images", []
+    shutil.copytree(pictures, folder)
+    read = module.read_image
+
+    def counted(path: Path, trained: Finetuned) -> Any:
+        calls.append(path)
+        return read(path, trained)
+
+    monkeypatch.setattr(module, "read_image", counted)
+    words = ["predict", str(runs["retrieval"][0]), "retrieval", "--image", str(folder), "--text", "red", "--json"]
+    first, again = invoke(*words), invoke(*words)
+    assert json.loads(first)["answers"] == json.loads(again)["answers"]
+    assert len(calls) == 3
+    paint(folder / "1.png", (9, 9, 9))
+    assert json.loads(invoke(*words))["answers"] != json.loads(first)["answers"]
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "words"),
+    [
+        ("vqa", [], "vqa takes one --image and the question as --text; got 0 --image and 0 --text"),
+        ("nlvr2", ["--image", "0.png", "--text", "x"], "nlvr2 takes two --image"),
+        ("nli", ["--text", "x"], "nli takes two --text, premise and hypothesis"),
+        ("classify", ["--image", "none.png"], "none.png: cannot be read"),
+        ("classify", ["--image", "broken.png"], "broken.png: not an image"),
+        ("retrieval", ["--text", "x"], "retrieval takes a folder of images"),
+    ],
+)
+def test_predicting_from_the_wrong_things(
+    runs: dict[str, tuple[Path, str]], pictures: Path, monkeypatch: pytest.MonkeyPatch, task: str, given: list[str],
+    words: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(pictures)
+    Path("broken.png").write_text("no image")
+    try:
+        with pytest.raises(UserError) as error:
+            invoke("predict", str(runs[task][0]), task, *given)
+    finally:
+        Path("broken.png").unlink()
+    assert words in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------ genuine files
+def file_keys(task: str, folder: Path) -> list[str]:
+    if task == "vqa":
+        files: dict[str, Any] = vqa(folder)
+    elif task == "nlvr2":
+        files = nlvr2(folder)
+    elif task == "classify":
+        for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+            paint(folder / name)
+        files = {"file": folder}
+    elif task == "nli":
+        write_jsonl(folder / "dev.jsonl")
+        files = {"file": folder / "dev.jsonl"}
+    else:
+        files = karpathy(folder)
+    train = [f"data.train.{key}={value}" for key, value in files.items()]
+    listed = ", ".join(f"{key}: {value}" for key, value in files.items())
+    return ["data.type=files", *train, f"data.eval=[{{name: dev, {listed}}}]"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_on_genuine_files(task: str, pretrained: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    keys = [*file_keys(task, tmp_path / "data"), "train.epochs=1"]
+    finetune(task, pretrained, tmp_path / "run", *keys, "data.batch=2", "data.max_bad_share=0.5")
+    report = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert list(report["splits"]) == ["dev"]
+    assert report["splits"]["dev"]["examples"] == 3
+
+
+def test_an_image_that_is_missing_in_evaluation_is_left_out_and_listed(pretrained: Path, tmp_path: Path) -> None:
+    keys = file_keys("caption", tmp_path)
+    finetune("caption", pretrained, tmp_path / "run", *keys)
+    (tmp_path / "val2014" / "1.jpg").unlink()
+    report = json.loads(invoke("eval", str(tmp_path / "run"), "--json"))["splits"]["dev"]
+    assert report["examples"] == 2
+    assert [s["key"] for s in report["skipped"]] == [str(tmp_path / "val2014" / "1.jpg")]
+    assert "1 examples could not be read" in invoke("eval", str(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", recipe_names("finetune"))
+def test_packaged_recipes_have_settings_for_every_task(name: str, task: str, pretrained: Path) -> None:
+    files = ["data.train.file=x", "data.eval=[{file: y}]"] if name == "base" else []
+    start = load_recipe("base_32e") if name == "base" else load_pretrained(pretrained).recipe
+    plan = load_finetune(task, name, start, str(pretrained), files)
+    assert plan.task == task
+    assert "Command: vlmoe finetune" in plan.about
+    assert plan.model.width == start.model.width
+
+
+def test_published_settings_of_the_base_size() -> None:
+    start = load_recipe("base_32e")
+
+    def of(task: str) -> Any:
+        return load_finetune(task, "base", start, "x", ["data.train.file=x", "data.eval=[{file: y}]"])
+
+    vqa_plan = of("vqa")
+    assert (vqa_plan.train.lr, vqa_plan.train.epochs, vqa_plan.model.image_size) == (3e-5, 10, 480)
+    assert (vqa_plan.train.head_lr, vqa_plan.data.answers) == (20, 3129)
+    sizes = {task: of(task).data.batch * of(task).train.accumulate for task in TASKS}
+    assert {t: sizes[t] for t in ("vqa", "nlvr2", "classify", "caption")} == {
+        "vqa": 128, "nlvr2": 256, "classify": 1024, "caption": 256,
+    }  # fmt: skip
+    for task, lr, epochs in (("nlvr2", 7e-4, 20), ("retrieval", 2e-4, 15), ("classify", 7e-4, 50)):
+        assert (of(task).train.lr, of(task).train.epochs, of(task).train.layer_decay) == (lr, epochs, 0.65)
+
+
+def test_epochs_become_steps(pretrained: Path, tmp_path: Path) -> None:
+    start = load_pretrained(pretrained).recipe
+    keys = [*file_keys("caption", tmp_path), "data.batch=2", "train.epochs=4", "train.warmup_epochs=1"]
+    plan = load_finetune("caption", "world", start, "x", keys)
+    plan = with_steps(plan, open_split(plan, "train"))
+    assert (plan.train.steps, plan.train.warmup) == (6, 2)
+    endless = load_finetune("caption", "world", start, "x", ["train.epochs=4"])
+    with pytest.raises(UserError, match="this data is endless"):
+        with_steps(endless, open_split(endless, "train"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["finetune", "vqqa", "world"], "no task 'vqqa': did you mean 'vqa'"),
+        (["finetune", "vqa", "wold"], "no recipe 'wold': did you mean 'world'"),
+        (["finetune", "vqa", "world", "train.stesp=3"], "did you mean 'train.steps'"),
+        (["finetune", "vqa", "world", "data.type=files"], "data.train.file"),
+    ],
+)
+def test_mistakes_of_finetune(pretrained: Path, words: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        invoke(*words, "--init", str(pretrained))
+
+
+def test_a_run_to_start_from_must_be_named_and_finished(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="give --init RUN"):
+        invoke("finetune", "vqa", "world")
+    with pytest.raises(UserError, match=r"no config\.json here"):
+        invoke("finetune", "vqa", "world", "--init", str(tmp_path))
+
+
+def test_a_run_of_another_kind_is_named(runs: dict[str, tuple[Path, str]], pretrained: Path) -> None:
+    with pytest.raises(UserError, match="is pre-trained only, and answers no vqa yet: vlmoe finetune vqa"):
+        invoke("eval", str(pretrained), "vqa")
+    with pytest.raises(UserError, match="is fine-tuned for nli, not for vqa"):
+        invoke("predict", str(runs["nli"][0]), "vqa")
+    with pytest.raises(UserError, match="is fine-tuned for nli, expected a pre-trained run"):
+        load_pretrained(runs["nli"][0])
+
+
+# ---------------------------------------------------------------------------------------------------------- resolution
+def test_positions_are_interpolated_and_the_class_token_kept() -> None:
+    position = torch.zeros(1, 1 + 16, 3)
+    position[0, 0] = 7
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    position[0, 1:, 0], position[0, 1:, 1] = rows.flatten(), columns.flatten()
+    larger = interpolate_positions(position, 1 + 64)
+    assert larger.shape == (1, 65, 3)
+    assert torch.equal(larger[0, 0], position[0, 0])
+    grid = larger[0, 1:].view(8, 8, 3)
+    inner = (torch.arange(8.0) - 0.5) / 2  # where the finer grid's centres lie on the coarse one
+    assert torch.allclose(grid[2:-2, 4, 0], inner[2:-2], atol=0.09)
+    assert torch.allclose(grid[4, 2:-2, 1], inner[2:-2], atol=0.09)
+    assert interpolate_positions(position, 17) is position
+
+
+def test_a_model_starts_from_the_weights_at_another_resolution_and_length(pretrained: Path) -> None:
+    start = load_pretrained(pretrained)
+    plan = load_finetune("vqa", "world", start.recipe, "x", ["model.image_size=96", "model.max_text=40"])
+    assert plan.data.world.image_size == 96
+    torch.manual_seed(1)
+    task = build_task(plan, ("yes", "no"), start.text_tokenizer)
+    drawn = task.backbone.text.position[:, 32:].clone()
+    start_from(task, start.model)
+    assert task.backbone.image.position.shape[1] == 65
+    assert torch.equal(task.backbone.text.position[:, :32], start.model.backbone.text.position)
+    assert torch.equal(task.backbone.text.position[:, 32:], drawn)
+    assert torch.equal(task.backbone.text.tokens.weight, start.model.backbone.text.tokens.weight)
+
+
+def test_a_model_of_other_sizes_is_refused(pretrained: Path) -> None:
+    start = load_pretrained(pretrained)
+    for change in ("model.width=64", "model.vision.experts=2", "model.depth=5"):
+        plan = load_finetune("vqa", "world", start.recipe, "x", [change])
+        with pytest.raises(UserError, match="cannot start from the pre-trained weights"):
+            start_from(build_task(plan, ("yes",), start.text_tokenizer), start.model)
+
+
+def test_scratch_and_pretrained_differ_in_the_backbone_alone(pretrained: Path, tmp_path: Path) -> None:
+    lines = [finetune("classify", pretrained, tmp_path / n, f"train.scratch={n}") for n in ("true", "false")]
+    assert "from random weights" in lines[0].replace("\n", " ")
+    assert "from random weights" not in lines[1].replace("\n", " ")
+
+
+@pytest.mark.parametrize(("task", "blind"), [("vqa", "image"), ("vqa", "text"), ("nli", "text"), ("caption", "image")])
+def test_blind_runs(task: str, blind: str, pretrained: Path, tmp_path: Path) -> None:
+    finetune(task, pretrained, tmp_path, f"data.blind={blind}")
+    report = json.loads((tmp_path / "eval.json").read_text())
+    assert "swapped" not in next(iter(report["splits"].values()))
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+WORKER = """
+import sys, torch, torch.distributed as dist
+from vlmoe.tasks.retrieval import contrastive_loss
+rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.manual_seed(0)
+image, text = (torch.nn.functional.normalize(torch.randn(6, 4), dim=-1) for _ in range(2))
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
+weight = torch.eye(4, requires_grad=True)
+loss, accuracy = contrastive_loss(image[mine] @ weight, text[mine], torch.tensor(5.0))
+loss.backward()
+if world > 1:
+    dist.all_reduce(weight.grad)
+    dist.all_reduce(loss.data)
+torch.save((weight.grad / world, loss.detach() / world), f"{folder}/{world}-{rank}.pt")
+"""
+
+
+def test_the_contrastive_loss_is_the_same_over_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    for world in (1, 2):
+        started = [
+            subprocess.Popen([sys.executable, str(tmp_path / "worker.py"), str(r), str(world), str(tmp_path)])
+            for r in range(world)
+        ]
+        assert [p.wait(timeout=120) for p in started] == [0] * world
+    (grad, loss), *others = [torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1")]
+    for other_grad, other_loss in others:
+        assert torch.allclose(grad, other_grad, atol=1e-6)
+        assert torch.allclose(loss, other_loss, atol=1e-6)
+
+
+def test_pictures_of_any_size_can_be_asked_about(runs: dict[str, tuple[Path, str]], tmp_path: Path) -> None:
+    Image.new("L", (301, 77), 90).save(tmp_path / "wide.webp")
+    invoke("predict", str(runs["classify"][0]), "classify", "--image", str(tmp_path / "wide.webp"))
