@@ -110,18 +110,19 @@ def print_task_report(report: dict[str, Any], run: Path, console: Console | None
     names = list(dict.fromkeys(n for split in splits.values() for n in split["scores"]))
     swapped = next((s["swapped"]["part"] for s in splits.values() if "swapped" in s), None)
     table = Table(title=f"{report['task']}: {run} [95% interval]", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for split in splits:
-        table.add_column(split, justify="right", no_wrap=True)
+        table.add_column(split, justify="right")
     table.add_row("examples", *(str(row["examples"]) for row in splits.values()))
     for name in names:
-        table.add_row(name, *(shown(name, row["scores"].get(name)) for row in splits.values()))
+        table.add_row(name, *(shown(name, row["scores"].get(name), digits=0) for row in splits.values()))
     if any(row["guess"] for row in splits.values()):
         guesses = (shown(main, row["guess"].get(main), interval=False) for row in splits.values())
-        table.add_row(f"{main}, best guess", *guesses)
+        table.add_row("best guess", *guesses)
     if swapped:
         others = (row.get("swapped", {}).get("scores", {}).get(main) for row in splits.values())
-        table.add_row(f"{main}, another's {swapped}", *(shown(main, score, interval=False) for score in others))
+        table.add_row(f"another's {swapped}", *(shown(main, score, interval=False) for score in others))
+    table.caption = f"best guess and another's: {main}" if len(names) > 1 else None
     console.print(table)
     first, row = next(iter(report["splits"].items()))
     for factor, values in row["by"].items():
@@ -145,13 +146,13 @@ def print_task_report(report: dict[str, Any], run: Path, console: Console | None
     console.print(f"all scores: {run / SCORES}", highlight=False, markup=False)
 
 
-def shown(name: str, score: dict[str, Any] | None, interval: bool = True) -> str:
-    """'71.3 [70.1, 72.4]'; shares in percent."""
+def shown(name: str, score: dict[str, Any] | None, interval: bool = True, digits: int = 1) -> str:
+    """'71.3 [70.1, 72.4]'; shares in percent. digits: of the interval's ends, behind the point."""
     if score is None or score["n"] == 0:
         return "-"
     unit = UNITS.get(name, 100.0)
     text = f"{unit * score['value']:.1f}"
     if interval and score["interval"] is not None:
         low, high = score["interval"]
-        text += f" [{unit * low:.1f}, {unit * high:.1f}]"
+        text += f" [{unit * low:.{digits}f}, {unit * high:.{digits}f}]"
     return text
