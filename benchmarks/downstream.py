@@ -5,7 +5,7 @@
 For each seed the recipe is pre-trained; then each task is fine-tuned from these weights, from random weights, and blind
 (from pre-trained weights, without the image, or without the premise), with the same recipe, data and steps. Runs land
 in --runs and finished ones are not repeated, so an interrupted study goes on. With --jobs each run has one thread.
-The interval over seeds is Student's t at 95%.
+The interval over seeds is Student's t at 95%. Ends with the tables of docs/results.md; `--show FILE` prints them again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from vlmoe.config import TASKS, UserError
 from vlmoe.evaluate.downstream import UNITS
 
 BLIND = {"vqa": "image", "nli": "text", "caption": "image"}  # NLVR2 is at 50% without images by construction
+METRICS = {"vqa": "accuracy", "nlvr2": "accuracy", "retrieval": "mean_recall", "classify": "accuracy",
+           "nli": "accuracy", "caption": "CIDEr"}  # fmt: skip
+VARIANTS = ("pretrained", "scratch", "blind", "another's input", "best guess")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # of n values, n - 1 degrees of freedom
 
 
@@ -79,7 +82,8 @@ def collect(runs: Path, seeds: list[int], tasks: list[str]) -> dict[str, Any]:
             if variant == "pretrained":
                 named |= {"best guess": row["guess"], "another's input": row.get("swapped", {}).get("scores", {})}
                 for factor, values in row["by"].items():
-                    named |= {f"{factor}={value}": found["scores"] for value, found in values.items()}
+                    for value, found in values.items():
+                        named |= {f"{factor}={value}": found["scores"], f"guess {factor}={value}": found["guess"]}
             for name, scores in named.items():
                 for metric, score in scores.items():
                     if score["n"]:
@@ -95,6 +99,42 @@ def collect(runs: Path, seeds: list[int], tasks: list[str]) -> dict[str, Any]:
     return table
 
 
+def cell(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    return f"{score['mean']:.1f}" + (f" ± {score['half_width']:.1f}" if score["half_width"] else "")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "-|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def tables(tasks: dict[str, Any]) -> str:
+    """Markdown: every variant on the first split; the pre-trained model on all splits, and by kind on the first."""
+    compared, by_split, by_kind = [], [], []
+    for task, splits in tasks.items():
+        metric = METRICS[task]
+        for split in [next(iter(splits))] + (["mismatched"] if "mismatched" in splits else []):
+            cells = [cell(splits[split].get(variant, {}).get(metric)) for variant in VARIANTS]
+            compared.append([f"{task}, {metric}" + ("" if split == "val" else f", {split}"), *cells])
+        by_split += [
+            [task, split, cell(rows["pretrained"][metric]), cell(rows.get("scratch", {}).get(metric))]
+            for split, rows in splits.items()
+        ]
+        first = next(iter(splits.values()))
+        for name in [name for name in first if "=" in name and not name.startswith("guess")]:
+            guess = first.get(f"guess {name}", {}).get(metric)
+            by_kind.append([task, name.replace("=", " "), cell(first[name][metric]), cell(guess)])
+    return "\n\n".join(
+        [
+            table(["val", *VARIANTS], compared),
+            table(["task", "split", "pretrained", "scratch"], by_split),
+            table(["task", "examples", "pretrained", "best guess"], by_kind),
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="small", help="of the pre-training run")
@@ -104,7 +144,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--runs", type=Path, default=Path("runs/downstream"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--show", type=Path, help="print the tables of a results file, run nothing")
     args = parser.parse_args()
+    if args.show:
+        print(tables(json.loads(args.show.read_text())["tasks"]))
+        return
     threads = 1 if args.jobs > 1 else torch.get_num_threads()
     logs = args.runs / "logs"
 
@@ -138,14 +182,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
     }
-    for task, splits in results["tasks"].items():
-        for split, variants in splits.items():
-            for name, metrics in variants.items():
-                cells = [
-                    f"{m} {c['mean']:.1f}" + ("" if c["half_width"] is None else f" ± {c['half_width']:.1f}")
-                    for m, c in metrics.items()
-                ]
-                print(f"{task:<10} {split:<12} {name:<24} {'   '.join(cells)}")
+    print(tables(results["tasks"]))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1) + "\n")
