@@ -3,7 +3,8 @@
     python benchmarks/downstream.py --recipe small --seeds 0 1 2 --jobs 2 --json benchmarks/results/downstream.json
 
 For each seed the recipe is pre-trained; then each task is fine-tuned from these weights, from random weights, and blind
-(from pre-trained weights, without the image, or without the premise), with the same recipe, data and steps. Runs land
+(from pre-trained weights, without the image, or without the premise), with the same recipe, data and steps; NLI also
+from these weights but for the words' embeddings. Runs land
 in --runs and finished ones are not repeated, so an interrupted study goes on. With --jobs each run has one thread.
 The interval over seeds is Student's t at 95%. Ends with the tables of docs/results.md; `--show FILE` prints them again.
 """
@@ -57,8 +58,14 @@ def plan(seeds: Iterable[int], tasks: Iterable[str]) -> list[tuple[str, str, int
             variants = {"pretrained": [], "scratch": ["train.scratch=true"]}
             if task in BLIND:
                 variants["blind"] = [f"data.blind={BLIND[task]}"]
+            if task == "nli":
+                variants["fresh words"] = ["train.fresh=[text.tokens]"]
             found += [(task, variant, seed, changes) for variant, changes in variants.items()]
     return found
+
+
+def folder_of(runs: Path, task: str, variant: str, seed: int) -> Path:
+    return runs / f"{task}-{variant.replace(' ', '-')}-{seed}"
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -73,7 +80,7 @@ def collect(runs: Path, seeds: list[int], tasks: list[str]) -> dict[str, Any]:
     """task -> split -> variant or baseline -> metric -> {mean, half_width, values}."""
     table: dict[str, Any] = {}
     for task, variant, seed, _ in plan(seeds, tasks):
-        file = runs / f"{task}-{variant}-{seed}" / "eval.json"
+        file = folder_of(runs, task, variant, seed) / "eval.json"
         if not file.is_file():
             continue
         report = json.loads(file.read_text())
@@ -160,7 +167,7 @@ def main() -> None:
 
     def finetune(run: tuple[str, str, int, list[str]]) -> None:
         task, variant, seed, changes = run
-        folder = args.runs / f"{task}-{variant}-{seed}"
+        folder = folder_of(args.runs, task, variant, seed)
         if not (folder / "eval.json").is_file():
             vlmoe("finetune", task, args.finetune, "--init", str(args.runs / f"pretrain-{seed}"), f"seed={seed}",
                   f"run.dir={folder}", *changes, threads=threads, log=logs / f"{folder.name}.txt")  # fmt: skip

@@ -142,7 +142,7 @@ def test_recomputation_replays_the_routing_when_numerics_flip(monkeypatch: pytes
         seen.append(routing.expert_index_NK.clone())
         return routing
 
-    monkeypatch.setattr("vlmoe.moe.layer.route", recording)
+    monkeypatch.setattr("vlmoe.moe.routers.route", recording)
     out = backbone([backbone.text(text(8))])
     loss = out.x_BTD.square().mean()
     with torch.no_grad():

@@ -50,7 +50,17 @@ CONFIGS = {
     "split, sub-LN": sparse(small(attention="split", sub_ln=True), vision="all", text="last"),
     "swiglu": sparse(small(activation="swiglu", vl_ffn=0)),
     "all fused": sparse(small(vl_ffn=4)),
+    "fine-grained and shared": sparse(small(vl_ffn=0), k=2),
+    "in common": sparse(small(common_experts=2, vl_ffn=1), vision="all", k=2),
+    "cosine and soft": sparse(small(vl_ffn=1)),
 }
+
+
+for side in (CONFIGS["fine-grained and shared"].vision, CONFIGS["fine-grained and shared"].text):
+    side.granularity, side.shared_experts = 4, 2
+CONFIGS["cosine and soft"].vision.router.type = "cosine"
+CONFIGS["cosine and soft"].text.router.type = "soft"
+CONFIGS["cosine and soft"].text.router.slots = 2  # 4 experts of 2 slots: 8 tokens, k = 1
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -64,10 +74,10 @@ def test_predicted_parameters_are_the_built_ones(name: str) -> None:
     assert s.params_heads == sum(v for n, v in built.items() if not n.startswith("backbone."))
     assert s.params_by_part["routers"] == sum(v for n, v in built.items() if ".router." in n)
     idle = sum(
-        sum(p.numel() for p in m.experts.parameters()) * (m.num_experts - m.k) // m.num_experts
+        sum(p.numel() for p in m.experts.parameters()) // len(m.experts.w1) * (len(m.experts.w1) - m.k)
         for m in task.modules()
         if isinstance(m, MoELayer)
-    )
+    ) + s.params_by_part["common_experts"]  # k counts the chosen ones, own or in common
     assert s.params_per_token == s.params_total - idle
     assert s.memory_bytes == 16 * sum(built.values())
 

@@ -1,5 +1,6 @@
 """The sparse layer as a whole: backends against the oracle, and what must not depend on anything."""
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlmoe.config import ModalityConfig, RouterConfig
 from vlmoe.moe import FeedForward, MoELayer, replay_context_fn
 
 D, H = 8, 12
@@ -274,23 +274,34 @@ def test_autocast(backend: str) -> None:
         assert (p.grad - full[name]).norm() <= 0.03 * full[name].norm()
 
 
+def disturb(moe: MoELayer, change: Callable[[Tensor], Tensor]) -> None:
+    logits = moe.router.logits
+    moe.router.logits = lambda x_ND: change(logits(x_ND))  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("backend", ["loop", "padded", "grouped"])
-@pytest.mark.parametrize("options", [{}, {"k": 2, "capacity_factor": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"k": 2, "capacity_factor": 0.7},
+        {"router": "expert_choice", "k": 2},
+        {"router": "sigmoid", "bias_rate": 0.1},
+    ],
+    ids=str,
+)
 def test_recomputation_replays_the_routing(backend: str, options: dict[str, Any]) -> None:
     """The second pass sees other logits, as other rounding would give; decisions and shapes stay those of the first."""
     moe, x = layer(4, backend=backend, noise=0.0, **options), tokens(20).requires_grad_()
     passes: list[tuple[Tensor, Tensor, Tensor]] = []
     disturbance = torch.randn(20, 4, dtype=torch.float64)
 
-    def disturbed(module: Any, inputs: Any, logits: Tensor) -> Tensor:
-        return logits + disturbance * len(passes)  # nothing in the first pass
-
     def run(x: Tensor) -> Tensor:
         y, stats = moe(x)
         passes.append((stats.expert_index_NK, stats.kept_NK, stats.gate_NK))
         return y.tanh()  # needed by backward, so that the recomputation runs to the end
 
-    moe.router.register_forward_hook(disturbed)
+    disturb(moe, lambda logits: logits + disturbance * len(passes))  # nothing in the first pass
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
         out = checkpoint(run, x, use_reentrant=False, context_fn=replay_context_fn)
         out.sum().backward()
@@ -319,7 +330,7 @@ def test_without_replay_the_disturbance_would_show() -> None:
     """The test above can fail: the same disturbance changes choices when nothing is replayed."""
     moe, x = layer(4, noise=0.0), tokens(20)
     first = moe(x)[1].expert_index_NK
-    moe.router.register_forward_hook(lambda m, i, o: o + torch.randn_like(o))
+    disturb(moe, lambda logits: logits + torch.randn_like(logits))
     assert not torch.equal(first, moe(x)[1].expert_index_NK)
 
 
@@ -358,13 +369,6 @@ def test_frozen_experts_and_frozen_input() -> None:
         (y.sum() + stats.loss).backward()
         assert moe.router.weight.grad is not None
         assert all(p.grad is None for p in moe.experts.parameters())
-
-
-def test_from_config() -> None:
-    side = ModalityConfig(experts=4, expert_dropout=0.25, router=RouterConfig(k=2, noise=0.0, backend="loop", z=0.5))
-    made = MoELayer.from_config(D, H, "relu", True, side)
-    assert (made.k, made.noise, made.experts.backend, made.loss_weights["z"]) == (2, 0.0, "loop", 0.5)
-    assert (made.experts.activation, made.experts.inner_norm) == ("relu", True)
 
 
 @pytest.mark.parametrize(

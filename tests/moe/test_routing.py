@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vlmoe.moe import balance
-from vlmoe.moe.routing import Router, Routing, route
+from vlmoe.moe.routers import Router
+from vlmoe.moe.routing import Routing, route
 
 # Softmax of log(p) is p when p sums to one, so rows of this table are the gates themselves.
 PROBS = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.7, 0.2, 0.1], [0.2, 0.3, 0.5]])
@@ -171,9 +172,9 @@ def test_losses_have_gradients_that_lower_them() -> None:
 def test_router_works_in_float32_under_autocast() -> None:
     torch.manual_seed(0)
     router, x = Router(16, 4), torch.randn(8, 16)
-    plain = router(x)
+    plain = router(x).logits_NE
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = router(x)
+        mixed = router(x).logits_NE
     assert mixed.dtype == torch.float32
     assert torch.equal(plain, mixed)
-    assert router(x.bfloat16()).dtype == torch.float32
+    assert router(x.bfloat16()).logits_NE.dtype == torch.float32

@@ -56,6 +56,7 @@ class TaskTrainConfig(TrainConfig):
     layer_decay: float = 1.0  # learning rate of each block over that of the block above it
     head_lr: float = 1.0  # learning rate of the head over that of the top block
     scratch: bool = False  # start from random weights: the baseline that pre-training has to beat
+    fresh: list[str] = field(default_factory=list)  # parts of the backbone, as text.tokens, drawn anew
     validate_every: int = 0  # steps; 0: ten times in a run
     patience: int = 0  # stop after this many validations without a better one; 0: never
 

@@ -18,7 +18,9 @@ class RecipeError(UserError):
 class RouterConfig:
     """How tokens choose experts, and the losses that keep the choice healthy (see `vlmoe.moe.MoELayer`)."""
 
+    type: str = "softmax"  # softmax, sigmoid, cosine, expert_choice, hash, soft (see `vlmoe.moe.routers`)
     k: int = 1
+    slots: int = 1  # soft: of each expert, for each sequence; experts * slots = k * tokens costs what top-k does
     renormalize: bool = False  # divide the k gates by their sum
     noise: float = 1.0  # std of the training noise on the logits, in units of 1/E (V-MoE: 1.0; 0 turns it off)
     capacity_factor: float | None = None  # None: dropless
@@ -28,6 +30,11 @@ class RouterConfig:
     importance: float = 0.0  # weight of V-MoE's importance loss
     load: float = 0.0  # weight of V-MoE's load loss
     z: float = 0.001  # weight of the router z-loss
+    local_entropy: float = 0.0  # weight of LIMoE's local loss: each token's choice should be decided
+    global_entropy: float = 0.0  # weight of LIMoE's global loss: the modality as a whole should use ...
+    global_experts: float | None = None  # ... at least so many experts; None: all
+    bias_rate: float = 0.0  # step of a selection bias against the load, instead of a loss (DeepSeek-V3: 0.001)
+    balance_over: str = "pass"  # the balance loss spans a pass, micro (batch), step (accumulated), global (all devices)
     backend: str = "auto"  # auto, loop, padded, grouped
 
 
@@ -37,6 +44,8 @@ class ModalityConfig:
 
     sparse: str = "none"  # none, all, odd (every other block, starting with the second), even, last, or "1,3,5"
     experts: int = 8
+    granularity: int = 1  # m: experts split into m times as many of 1/m the hidden size, of which a token takes m * k
+    shared_experts: int = 0  # so many experts more that serve every token, of the split size (DeepSeekMoE)
     expert_dropout: float = 0.0  # of the experts' hidden units, in training (ST-MoE)
     router: RouterConfig = field(default_factory=RouterConfig)
 
@@ -59,6 +68,7 @@ class ModelConfig:
     vl_ffn: int = 2  # the top blocks in which a pair's tokens share one dense VL-FFN
     sub_ln: bool = False  # extra LayerNorm inside attention and feed-forward (Magneto, BEiT-3)
     drop_path: float = 0.0  # rate of the last block; grows linearly from 0
+    common_experts: int = 0  # in blocks sparse for both: so many experts more that either modality may choose
     recompute: bool = False  # activation checkpointing, block by block
     vision: ModalityConfig = field(default_factory=ModalityConfig)
     text: ModalityConfig = field(default_factory=ModalityConfig)

@@ -37,6 +37,9 @@ def _model(m: ModelConfig, need: Need) -> None:
     need(m.activation in {"gelu", "relu", "swiglu"}, "model.activation", m.activation, "gelu, relu or swiglu")
     need(0 <= m.vl_ffn <= m.depth, "model.vl_ffn", m.vl_ffn, f"0 to model.depth ({m.depth})")
     need(0 <= m.drop_path < 1, "model.drop_path", m.drop_path, "a share from 0 to below 1")
+    need(m.common_experts >= 0, "model.common_experts", m.common_experts, "a number not below 0")
+    need(m.common_experts == 0 or m.vision.granularity == m.text.granularity, "model.common_experts", m.common_experts,
+         "0, because experts of different granularity cannot be common")  # fmt: skip
     for name, side in (("vision", m.vision), ("text", m.text)):
         router, key = side.router, f"model.{name}.router"
         try:
@@ -45,14 +48,31 @@ def _model(m: ModelConfig, need: Need) -> None:
             need(False, f"model.{name}.sparse", side.sparse, str(error))
         need(side.experts > 0, f"model.{name}.experts", side.experts, "a positive number")
         need(0 <= side.expert_dropout < 1, f"model.{name}.expert_dropout", side.expert_dropout, "from 0 to below 1")
-        need(1 <= router.k <= side.experts, f"{key}.k", router.k, f"1 to model.{name}.experts ({side.experts})")
+        for f in ("granularity", "shared_experts"):
+            low = 1 if f == "granularity" else 0
+            need(getattr(side, f) >= low, f"model.{name}.{f}", getattr(side, f), f"a number not below {low}")
+        m_ = side.granularity
+        need(int(m.width * m.mlp_ratio) % m_ == 0, f"model.{name}.granularity", m_,
+             f"a divisor of the hidden size ({int(m.width * m.mlp_ratio)})")  # fmt: skip
+        types = ("softmax", "sigmoid", "cosine", "expert_choice", "hash", "soft")
+        need(router.type in types, f"{key}.type", router.type, ", ".join(types))
+        need(1 <= router.k <= side.experts + m.common_experts, f"{key}.k", router.k,
+             f"1 to model.{name}.experts ({side.experts})")  # fmt: skip
+        need(router.slots >= 1, f"{key}.slots", router.slots, "a positive number")
+        scopes = ("pass", "micro", "step", "global")
+        need(router.balance_over in scopes, f"{key}.balance_over", router.balance_over, ", ".join(scopes))
+        limit = (side.experts + m.common_experts) * m_
+        need(router.global_experts is None or 1 <= router.global_experts <= limit, f"{key}.global_experts",
+             router.global_experts, f"1 to the number of experts ({limit}), or null for all")  # fmt: skip
+        need(not (m.common_experts and router.type == "soft"), "model.common_experts", m.common_experts,
+             "0, because soft routing mixes within a modality")  # fmt: skip
         need(router.priority in {"batch", "arrival"}, f"{key}.priority", router.priority, "batch or arrival")
         backends = {"auto", "loop", "padded", "grouped"}
         need(router.backend in backends, f"{key}.backend", router.backend, "auto, loop, padded or grouped")
         for f in ("capacity_factor", "capacity_factor_eval"):
             value = getattr(router, f)
             need(value is None or value > 0, f"{key}.{f}", value, "a positive number, or null for dropless")
-        for f in ("noise", "balance", "importance", "load", "z"):
+        for f in ("noise", "balance", "importance", "load", "z", "local_entropy", "global_entropy", "bias_rate"):
             need(getattr(router, f) >= 0, f"{key}.{f}", getattr(router, f), "a number not below 0")
         need(router.load == 0 or router.noise > 0, f"{key}.noise", router.noise,
              f"a number above 0, because the load loss ({key}.load) is defined by the noise")  # fmt: skip

@@ -16,7 +16,7 @@ from vlmoe.config import ModelConfig
 from vlmoe.model.block import Block
 from vlmoe.model.embed import ImageEmbedding, TextEmbedding
 from vlmoe.model.segments import Part, Segment, causal_mask, join
-from vlmoe.moe import Experts, FeedForward, Router, RoutingStats, replay_context_fn
+from vlmoe.moe import Experts, FeedForward, MoELayer, Router, RoutingStats, SoftRouter, replay_context_fn
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         x_BTD, valid_BT, segments = join(parts)
         mask = None if valid_BT is None else valid_BT[:, None, None, :]  # unexpanded: the fast form on CPU
         if causal is not None:
+            self._check_causal(causal)
             order = causal_mask(segments, causal, x_BTD.device)
             mask = order if mask is None else mask & order
         stats: dict[str, RoutingStats] = {}
@@ -66,6 +67,23 @@ class Backbone(nn.Module):
                 x_BTD, routed = block(x_BTD, valid_BT, mask, segments)
             stats |= {f"{index}/{modality}": s for modality, s in routed.items()}
         return BackboneOutput(self.norm(x_BTD), segments, valid_BT, stats)
+
+    def routed_layers(self) -> dict[str, MoELayer]:
+        """The sparse layers by the names that `BackboneOutput.stats` gives them: "block/modality"."""
+        found = {}
+        for index, block in enumerate(self.blocks):
+            for modality, branch in block.branches.items():  # type: ignore[operator, union-attr]
+                if isinstance(branch.layer, MoELayer):
+                    found[f"{index}/{modality}"] = branch.layer
+        return found
+
+    def _check_causal(self, modality: str) -> None:
+        side = getattr(self.config, modality)
+        if side.sparse != "none" and side.router.type in ("soft", "expert_choice"):
+            raise ValueError(
+                f"model.{modality}.router.type {side.router.type}: its routing looks at later tokens, so this model "
+                f"cannot write {modality} from left to right"
+            )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -81,7 +99,7 @@ class Backbone(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
                 if isinstance(module, nn.Linear):
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, Router, Experts, FeedForward)):
+            elif isinstance(module, (nn.LayerNorm, Router, SoftRouter, Experts, FeedForward)):
                 module.reset_parameters()
             if isinstance(module, (Experts, FeedForward)):
                 nn.init.trunc_normal_(module.w1, std=std)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from vlmoe.config import ModalityConfig, ModelConfig, sparse_blocks
 from vlmoe.model.attention import SelfAttention
 from vlmoe.model.segments import Segment
-from vlmoe.model.sizes import hidden_size
-from vlmoe.moe import FeedForward, MoELayer, RoutingStats
+from vlmoe.model.sizes import has_common, hidden_size
+from vlmoe.moe import Experts, FeedForward, MoELayer, RoutingStats, SoftMoELayer
 
 MODALITIES = ("vision", "text")
 
@@ -22,10 +22,12 @@ class Branch(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.layer = layer
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
+    def forward(
+        self, x_BTD: Tensor, valid_BT: Tensor | None, common: Experts | None = None
+    ) -> tuple[Tensor, RoutingStats | None]:
         x_BTD = self.norm(x_BTD)
         if isinstance(self.layer, MoELayer):
-            return self.layer(x_BTD, valid_BT)
+            return self.layer(x_BTD, valid_BT, common)
         return self.layer(x_BTD), None
 
 
@@ -34,6 +36,7 @@ class Block(nn.Module):
 
     `branches` holds one `Branch` per modality; `fused`, in the top blocks, is the dense VL-FFN that serves all tokens
     of a sequence made of several modalities (VLMo: image-only and text-only sequences keep their own branch there).
+    `common` holds experts that both modalities' routers may choose besides their own.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -48,6 +51,7 @@ class Block(nn.Module):
         self.branches = nn.ModuleDict(
             {name: Branch(config.width, _layer(config, getattr(config, name), index)) for name in MODALITIES}
         )
+        self.common = _common_experts(config) if has_common(config, index) else None
         fused = index >= config.depth - config.vl_ffn
         self.fused = Branch(config.width, _dense(config)) if fused else None
         self.drop_path = DropPath(config.drop_path * index / max(config.depth - 1, 1))
@@ -62,7 +66,7 @@ class Block(nn.Module):
         parts, stats = [], {}
         for segment in segments:
             valid = None if valid_BT is None else valid_BT[:, segment.slice]
-            y, routed = self.branches[segment.modality](x_BTD[:, segment.slice], valid)
+            y, routed = self.branches[segment.modality](x_BTD[:, segment.slice], valid, self.common)
             parts.append(y)
             if routed is not None:
                 stats[segment.modality] = routed
@@ -91,4 +95,26 @@ def _dense(config: ModelConfig) -> FeedForward:
 def _layer(config: ModelConfig, side: ModalityConfig, index: int) -> FeedForward | MoELayer:
     if index not in sparse_blocks(side.sparse, config.depth):
         return _dense(config)
-    return MoELayer.from_config(config.width, hidden_size(config), config.activation, config.sub_ln, side)
+    common = config.common_experts if has_common(config, index) else 0
+    return make_layer(config.width, hidden_size(config), config.activation, config.sub_ln, side, common)
+
+
+def make_layer(
+    width: int, hidden: int, activation: str, inner_norm: bool, side: ModalityConfig, common: int = 0
+) -> MoELayer:
+    """The sparse layer a recipe describes. hidden: of an expert before it is split by the granularity."""
+    m, options = side.granularity, vars(side.router) | {"dropout": side.expert_dropout, "shared": side.shared_experts}
+    options["router"], options["k"], slots = options.pop("type"), m * side.router.k, options.pop("slots")
+    sizes = (width, hidden // m, m * side.experts)
+    if options["router"] == "soft":
+        del options["router"]
+        return SoftMoELayer(*sizes, activation=activation, inner_norm=inner_norm, slots=slots, **options)
+    return MoELayer(*sizes, activation=activation, inner_norm=inner_norm, common=m * common, **options)
+
+
+def _common_experts(config: ModelConfig) -> Experts:
+    side = config.vision
+    return Experts(
+        config.width, hidden_size(config) // side.granularity, side.granularity * config.common_experts,
+        config.activation, inner_norm=config.sub_ln, dropout=side.expert_dropout, backend=side.router.backend,
+    )  # fmt: skip

@@ -46,8 +46,8 @@ def hidden_size(config: ModelConfig) -> int:
     return int(config.width * config.mlp_ratio)
 
 
-def _ffn_params(config: ModelConfig) -> int:
-    D, H = config.width, hidden_size(config)
+def _ffn_params(config: ModelConfig, hidden: int | None = None) -> int:
+    D, H = config.width, hidden_size(config) if hidden is None else hidden
     up = 2 * H if config.activation == "swiglu" else H
     return D * up + up + H * D + D
 
@@ -67,17 +67,39 @@ def _attention_params(config: ModelConfig) -> int:
 def _side(config: ModelConfig, side: ModalityConfig, blocks: range) -> tuple[int, int, int, int, int]:
     """Feed-forward side of a modality over `blocks`: parameters with norms (total, of one token), router parameters,
     FLOPs of one token in the feed-forward layers, FLOPs of one token in the routers."""
-    ffn, sparse = _ffn_params(config), sparse_blocks(side.sparse, config.depth)
+    ffn, sparse, m = _ffn_params(config), sparse_blocks(side.sparse, config.depth), side.granularity
+    one = _ffn_params(config, hidden_size(config) // m)
+    shared = _ffn_params(config, side.shared_experts * hidden_size(config) // m) if side.shared_experts else 0
     total = active = router = flops = router_flops = 0
     for index in blocks:
-        experts, k = (side.experts, side.router.k) if index in sparse else (1, 1)
-        total += experts * ffn + 2 * config.width
-        active += k * ffn + 2 * config.width
-        flops += k * _ffn_flops(config)
-        if index in sparse:
-            router += side.experts * config.width
-            router_flops += 2 * side.experts * config.width
+        norm = 2 * config.width
+        if index not in sparse:
+            total, active, flops = total + ffn + norm, active + ffn + norm, flops + _ffn_flops(config)
+            continue
+        common = config.common_experts if has_common(config, index) else 0
+        total += m * side.experts * one + shared + norm
+        active += m * side.router.k * one + shared + norm
+        flops += side.router.k * _ffn_flops(config) + side.shared_experts * _ffn_flops(config) // m
+        weights, cost = _router(config, side, m * (side.experts + common))
+        router, router_flops = router + weights, router_flops + cost
     return total, active, router, flops, router_flops
+
+
+def _router(config: ModelConfig, side: ModalityConfig, experts: int) -> tuple[int, int]:
+    """Parameters of a router, and its FLOPs for one token. Of soft routing, the slots' and the mixing's."""
+    D = config.width
+    if side.router.type == "cosine":
+        dim = min(D, 256)
+        return experts * dim + dim * D + 1, 2 * (dim * D + experts * dim)
+    if side.router.type == "soft":
+        return experts * side.router.slots * D + 1, 3 * 2 * experts * side.router.slots * D
+    return experts * D, 2 * experts * D
+
+
+def has_common(config: ModelConfig, index: int) -> bool:
+    """Whether a block has experts that both modalities may choose."""
+    both = all(index in sparse_blocks(side.sparse, config.depth) for side in (config.vision, config.text))
+    return both and config.common_experts > 0
 
 
 def sizes(config: ModelConfig) -> Sizes:
@@ -90,6 +112,9 @@ def sizes(config: ModelConfig) -> Sizes:
     v_total, v_active, v_router, _, _ = _side(config, config.vision, everywhere)
     t_total, t_active, t_router, _, _ = _side(config, config.text, everywhere)
     vl = config.vl_ffn * (_ffn_params(config) + 2 * D)
+    m = config.vision.granularity
+    one = _ffn_params(config, hidden_size(config) // m)
+    common = sum(has_common(config, index) for index in everywhere) * m * config.common_experts * one
     attention = depth * _attention_params(config)
     image_embedding = pixels * D + D + 2 * D + vision_T * D
     text_embedding = config.vocabulary * D + config.max_text * D
@@ -99,6 +124,7 @@ def sizes(config: ModelConfig) -> Sizes:
         "vision_ffn": v_total,
         "text_ffn": t_total,
         "vl_ffn": vl,
+        "common_experts": common,
         "routers": v_router + t_router,
         "norm": 2 * D,
     }
@@ -125,7 +151,7 @@ def sizes(config: ModelConfig) -> Sizes:
     }
     return Sizes(
         params_total=total,
-        params_per_token=total - (v_total - v_active) - (t_total - t_active),
+        params_per_token=total - common - (v_total - v_active) - (t_total - t_active),
         params_per_vision_token=own_attention + v_active + v_router + 2 * D,
         params_per_text_token=own_attention + t_active + t_router + 2 * D,
         params_heads=heads,

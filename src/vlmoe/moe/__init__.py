@@ -4,9 +4,12 @@ from vlmoe.moe.dispatch import Plan, combine, dispatch, plan_dispatch
 from vlmoe.moe.experts import Experts, FeedForward
 from vlmoe.moe.layer import MoELayer, RoutingStats
 from vlmoe.moe.replay import ROUTING_OPS, replay_context_fn
-from vlmoe.moe.routing import Router, Routing, route
+from vlmoe.moe.routers import ROUTERS, Router
+from vlmoe.moe.routing import Routing, choose_tokens, route
+from vlmoe.moe.soft import SoftMoELayer, SoftRouter
 
 __all__ = [
+    "ROUTERS",
     "ROUTING_OPS",
     "Experts",
     "FeedForward",
@@ -15,6 +18,9 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingStats",
+    "SoftMoELayer",
+    "SoftRouter",
+    "choose_tokens",
     "combine",
     "dispatch",
     "plan_dispatch",

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from vlmoe.moe.routing import Routing
+from vlmoe.moe.routing import Routing, probabilities
 
 
 def count_tokens(routing: Routing, mask_N: Tensor | None) -> Tensor:
@@ -25,15 +25,18 @@ def count_tokens(routing: Routing, mask_N: Tensor | None) -> Tensor:
 def load_of(routing: Routing, mask_N: Tensor | None) -> Tensor:
     """load_E: how many real tokens chose each expert, before any is dropped for capacity (int64)."""
     index_NK = routing.expert_index_NK
-    weight_NK = torch.ones_like(index_NK) if mask_N is None else mask_N.to(index_NK.dtype)[:, None].expand_as(index_NK)
+    counted_NK = routing.chosen_NK
+    if mask_N is not None:
+        real_NK = mask_N[:, None].expand_as(index_NK)
+        counted_NK = real_NK if counted_NK is None else counted_NK & real_NK
+    weight_NK = torch.ones_like(index_NK) if counted_NK is None else counted_NK.to(index_NK.dtype)
     load_E = index_NK.new_zeros(routing.logits_NE.shape[1])
     return load_E.scatter_add_(0, index_NK.reshape(-1), weight_NK.reshape(-1))  # bincount would wait for the GPU
 
 
 def importance_of(routing: Routing, mask_N: Tensor | None) -> Tensor:
-    """importance_E: the softmax of the noise-free logits, summed over real tokens (V-MoE, eq. 6)."""
-    probs_NE = routing.probs_NE if routing.noise_std == 0 else routing.logits_NE.softmax(dim=-1)
-    return _sum(probs_NE, mask_N)
+    """importance_E: the probabilities of the noise-free logits, summed over real tokens (V-MoE, eq. 6)."""
+    return _sum(_clean(routing), mask_N)
 
 
 def balance_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
@@ -41,9 +44,20 @@ def balance_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
 
     1 when balanced, E when collapsed, for any k: f sums to one. The gradient flows through P alone.
     """
-    load_E = load_of(routing, mask_N).to(routing.probs_NE.dtype)
+    return balance_of(load_of(routing, mask_N), probability_of(routing, mask_N), count_tokens(routing, mask_N))
+
+
+def probability_of(routing: Routing, mask_N: Tensor | None) -> Tensor:
+    """probability_E: the probabilities the choice was made on, summed over real tokens, with gradient."""
+    return _sum(routing.probs_NE, mask_N)
+
+
+def balance_of(load_E: Tensor, probability_E: Tensor, tokens: Tensor) -> Tensor:
+    """The balance loss from sums: so that choices and probabilities may be those of several passes, micro-batches or
+    processes. tokens: how many `probability_E` is summed over."""
+    load_E = load_E.to(probability_E.dtype)
     share_E = load_E / load_E.sum().clamp(min=1)
-    return len(load_E) * (share_E * _mean(routing.probs_NE, mask_N)).sum()
+    return len(load_E) * (share_E * (probability_E / tokens.clamp(min=1))).sum()
 
 
 def importance_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
@@ -74,9 +88,39 @@ def z_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
 
 
 def gate_entropy(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
-    """Mean entropy, in nats, of a token's distribution over experts, without noise; log(E) is no preference."""
-    log_NE = routing.logits_NE.log_softmax(dim=-1)
-    return _mean(-(log_NE.exp() * log_NE).sum(dim=-1), mask_N)
+    """Mean entropy, in nats, of a token's distribution over experts, without noise; log(E) is no preference. With
+    gradient it is LIMoE's local loss (Mustafa et al. 2022, eq. 3), which makes choices decided."""
+    if routing.scores == "softmax":
+        log_NE = routing.logits_NE.log_softmax(dim=-1)
+        return _mean(-(log_NE.exp() * log_NE).sum(dim=-1), mask_N)
+    return _mean(_entropy(_clean(routing)), mask_N)
+
+
+def logit_size(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
+    """Root mean square of the noise-free logits: what grows before a router saturates."""
+    return _mean(routing.logits_NE.square().mean(dim=-1), mask_N).sqrt()
+
+
+def global_entropy_loss(routing: Routing, mask_N: Tensor | None = None, *, experts: float | None = None) -> Tensor:
+    """max(0, log(experts) - H), H being the entropy of the tokens' mean distribution (LIMoE, eq. 4 and 5).
+
+    experts: how many should at least be in use, LIMoE's threshold exp(tau); None: all of them.
+    """
+    mean_E = _mean(_clean(routing), mask_N)
+    wanted = math.log(len(mean_E) if experts is None else experts)
+    if mask_N is not None:  # over no tokens at all there is nothing to spread
+        return torch.where(mask_N.any(), (wanted - _entropy(mean_E)).clamp(min=0), 0.0)
+    return (wanted - _entropy(mean_E)).clamp(min=0)
+
+
+def _clean(routing: Routing) -> Tensor:
+    """The probabilities without noise."""
+    return routing.probs_NE if routing.noise_std == 0 else probabilities(routing.logits_NE, routing.scores)
+
+
+def _entropy(probs_E: Tensor) -> Tensor:
+    """Over the last axis, in nats."""
+    return -(probs_E * probs_E.clamp(min=torch.finfo(probs_E.dtype).tiny).log()).sum(dim=-1)
 
 
 def _sum(values: Tensor, mask_N: Tensor | None) -> Tensor:

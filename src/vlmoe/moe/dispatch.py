@@ -46,6 +46,24 @@ class Plan:
     def rows(self) -> int:
         return len(self.token_of_row_R)
 
+    def split(self, experts: int) -> tuple[Plan, Plan]:
+        """The rows of the first `experts` experts and those of the rest, each to be computed by its own stack. What
+        `combine` needs stays with the whole plan."""
+        start = sum(self.host_slots()[:experts])
+        first, rest = (slice(None, start), slice(None, experts)), (slice(start, None), slice(experts, None))
+        return self._piece(*first), self._piece(*rest)
+
+    def _piece(self, rows: slice, experts: slice) -> Plan:
+        return Plan(
+            self.token_of_row_R[rows],
+            self.choice_of_row_R[rows],
+            None if self.used_R is None else self.used_R[rows],
+            self.row_of_choice_NK,
+            self.kept_NK,
+            self.count_E[experts],
+            None if self.slots is None else self.slots[experts],
+        )
+
     def host_slots(self) -> list[int]:
         """Rows of each expert as numbers; waits for the device when they are not yet on the host."""
         return self.count_E.tolist() if self.slots is None else self.slots
@@ -69,11 +87,15 @@ def plan_dispatch(
     index_NK = routing.expert_index_NK
     (N, K), E, device = index_NK.shape, routing.logits_NE.shape[1], index_NK.device
     key_A = index_NK.reshape(-1)
-    if mask_N is not None:  # padding belongs to expert E, which does not exist: it sorts last and is never counted
-        key_A = torch.where(mask_N[:, None].expand(N, K).reshape(-1), key_A, E)
+    real_NK = routing.chosen_NK
+    if mask_N is not None:
+        token_NK = mask_N[:, None].expand(N, K)
+        real_NK = token_NK if real_NK is None else real_NK & token_NK
+    if real_NK is not None:  # padding belongs to expert E, which does not exist: it sorts last and is never counted
+        key_A = torch.where(real_NK.reshape(-1), key_A, E)
     by_gate = capacity_factor is not None and priority == "batch"
     order_A, count_E = _sort_by_expert(key_A, E, routing.gate_NK if by_gate else None)
-    kept_A = None if mask_N is None else key_A < E
+    kept_A = None if real_NK is None else key_A < E
     if capacity_factor is not None:
         real = N if mask_N is None else mask_N.sum()
         capacity = _capacity(capacity_factor, K, E, real, device)

@@ -7,22 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmoe.config import ModalityConfig
 from vlmoe.moe import balance
 from vlmoe.moe.dispatch import PRIORITIES, Plan, combine, dispatch, plan_dispatch
-from vlmoe.moe.experts import Experts
-from vlmoe.moe.routing import Router, Routing, route
+from vlmoe.moe.experts import Experts, FeedForward, activate
+from vlmoe.moe.routers import ROUTERS, ExpertChoiceRouter, HashRouter, Router
+from vlmoe.moe.routing import Routing
 
-LOSSES: dict[str, Callable[[Routing, Tensor | None], Tensor]] = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "balance": balance.balance_loss,
     "importance": balance.importance_loss,
     "load": balance.load_loss,
     "z": balance.z_loss,
+    "local_entropy": balance.gate_entropy,
+    "global_entropy": balance.global_entropy_loss,
 }
+SCOPES = ("pass", "micro", "step", "global")
+
+
+@dataclass
+class Sums:
+    """What a balance loss over more than one pass is made of: summed probabilities with gradient, and the weight."""
+
+    probability_E: Tensor
+    weight: float
+    scope: str
 
 
 @dataclass
@@ -31,9 +45,11 @@ class RoutingStats:
 
     loss: the weighted sum of `losses`, with gradient; add it to the model's loss. losses: name -> unweighted scalar,
     detached, for each loss of weight above 0. load_E: choices of each expert before dropping (int64). importance_E:
-    summed noise-free probabilities. dropped: choices dropped for capacity. tokens: real tokens. entropy: of a token's
-    distribution over experts, mean, in nats. expert_index_NK, gate_NK, kept_NK: the choice of each token, best first;
-    kept is False where dropped or padding. All but `loss` are detached; scalars stay on the device.
+    summed noise-free probabilities. dropped: choices dropped for capacity. unserved: real tokens left with no expert.
+    tokens: real tokens. entropy: of a token's distribution over experts, mean, in nats. logit_size: root mean square of
+    the noise-free logits. expert_index_NK, gate_NK, kept_NK: the choice of each token, best first; kept is False where
+    dropped or padding. All but `loss` are detached; scalars stay on the device. balance: set when the balance loss
+    spans more than this pass: then it is not in `loss`, and who joins the passes adds it (`balance.balance_of`).
     """
 
     loss: Tensor
@@ -41,11 +57,14 @@ class RoutingStats:
     load_E: Tensor
     importance_E: Tensor
     dropped: Tensor
+    unserved: Tensor
     tokens: Tensor
     entropy: Tensor
+    logit_size: Tensor
     expert_index_NK: Tensor
     gate_NK: Tensor
     kept_NK: Tensor
+    balance: Sums | None = None
 
 
 class MoELayer(nn.Module):
@@ -53,11 +72,16 @@ class MoELayer(nn.Module):
     prefers.
 
     width, hidden: of the layer and of each expert. activation, bias, inner_norm: of the experts, see `FeedForward`.
+    shared: so many experts more that serve every token, with gate 1 (DeepSeekMoE). common: so many experts more that
+    the router may choose, which are another module's: `forward` gets them. router: a type of `vlmoe.moe.routers`.
+    bias_rate: step of the selection bias (`Router.balance`), 0 for none.
     renormalize: divide the k gates by their sum. noise: std of the noise on the logits in training, in units of
     1/experts. capacity_factor: an expert takes at most ceil(factor * k * tokens / experts) choices in training
     (capacity_factor_eval: in evaluation); None takes all. priority: who keeps a place, "batch" the largest gates,
-    "arrival" the first tokens. balance, importance, load, z: weights of the losses in `vlmoe.moe.balance`. dropout: of
-    the experts' hidden units, in training (ST-MoE's expert dropout).
+    "arrival" the first tokens. balance, importance, load, z, local_entropy, global_entropy: weights of the losses in
+    `vlmoe.moe.balance`; global_experts is the last one's threshold. balance_over: what the balance loss is computed
+    over, one "pass" of this layer, or more (see `RoutingStats.balance`). dropout: of the experts' hidden units, in
+    training (ST-MoE's expert dropout).
     backend: how experts are computed, "loop", "padded", "grouped", or "auto" by device, dtype and shape; all give the
     same numbers.
 
@@ -75,6 +99,10 @@ class MoELayer(nn.Module):
         activation: str = "gelu",
         bias: bool = True,
         inner_norm: bool = False,
+        shared: int = 0,
+        common: int = 0,
+        router: str = "softmax",
+        bias_rate: float = 0.0,
         renormalize: bool = False,
         noise: float = 1.0,
         capacity_factor: float | None = None,
@@ -84,57 +112,80 @@ class MoELayer(nn.Module):
         importance: float = 0.0,
         load: float = 0.0,
         z: float = 0.001,
+        local_entropy: float = 0.0,
+        global_entropy: float = 0.0,
+        global_experts: float | None = None,
+        balance_over: str = "pass",
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.experts = Experts(width, hidden, experts, activation, bias, inner_norm, dropout, backend)
-        self.router = Router(width, experts)
-        if not 1 <= k <= experts:
-            raise ValueError(f"k: expected 1 to experts ({experts}), got {k}")
+        total = experts + common
+        if not 1 <= k <= total:
+            raise ValueError(f"k: expected 1 to experts ({total}), got {k}")
+        if router not in ROUTERS:
+            raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
+        if balance_over not in SCOPES:
+            raise ValueError(f"balance_over: expected one of {', '.join(SCOPES)}, got {balance_over!r}")
+        for name, count in (("shared", shared), ("common", common)):
+            if count < 0:
+                raise ValueError(f"{name}: expected a number of experts, not below 0, got {count}")
+        self.shared = FeedForward(width, shared * hidden, activation, bias, inner_norm) if shared else None
         if priority not in PRIORITIES:
             raise ValueError(f"priority: expected one of {', '.join(PRIORITIES)}, got {priority!r}")
         for name, factor in (("capacity_factor", capacity_factor), ("capacity_factor_eval", capacity_factor_eval)):
             if factor is not None and not factor > 0:
                 raise ValueError(f"{name}: expected a number above 0, or None for dropless, got {factor}")
         weights = {"balance": balance, "importance": importance, "load": load, "z": z}
-        for name, value in {"noise": noise, **weights}.items():
+        weights |= {"local_entropy": local_entropy, "global_entropy": global_entropy}
+        for name, value in {"noise": noise, "bias_rate": bias_rate, **weights}.items():
             if not value >= 0:
                 raise ValueError(f"{name}: expected a number not below 0, got {value}")
         if load > 0 and noise == 0:
             raise ValueError("load: the load loss is defined by the router's noise; expected noise above 0, got 0")
-        self.width, self.num_experts, self.k = width, experts, k
-        self.renormalize, self.noise, self.priority = renormalize, noise, priority
+        if global_experts is not None and not 1 <= global_experts <= total:
+            raise ValueError(f"global_experts: expected 1 to experts ({total}), got {global_experts}")
+        options: dict[str, Any] = {"renormalize": renormalize, "noise": noise / total, "bias_rate": bias_rate}
+        if router == "expert_choice":  # its capacity is the choice itself, and even by construction
+            options["factor"] = capacity_factor or 1.0
+            capacity_factor = capacity_factor_eval = None
+        self.router: Router = ROUTERS[router](width, total, k, **options)
+        self.width, self.num_experts, self.common, self.k, self.priority = width, total, common, k, priority
         self.capacity_factor, self.capacity_factor_eval = capacity_factor, capacity_factor_eval
-        self.loss_weights = weights
-
-    @classmethod
-    def from_config(cls, width: int, hidden: int, activation: str, inner_norm: bool, side: ModalityConfig) -> MoELayer:
-        """The layer a recipe describes."""
-        options = vars(side.router) | {"dropout": side.expert_dropout}
-        return cls(width, hidden, side.experts, activation=activation, inner_norm=inner_norm, **options)
+        if isinstance(self.router, HashRouter):
+            weights = {}
+        if isinstance(self.router, ExpertChoiceRouter):
+            weights = {"z": z}
+        self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.global_experts, self.balance_over = global_experts, balance_over
+        self.pressure = 1.0  # a factor on the routing losses, which training may raise while routing is not healthy
 
     def reset_parameters(self) -> None:
         """Draw all weights anew; gives values to a module built on the meta device after `to_empty`."""
         self.experts.reset_parameters()
         self.router.reset_parameters()
+        if self.shared is not None:
+            self.shared.reset_parameters()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
-        """y of x's shape (..., D), zero at padding, and how it was routed. mask: bool (...), False at padding.
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, common: Experts | None = None
+    ) -> tuple[Tensor, RoutingStats]:
+        """y of x's shape (..., D), zero at padding, and how it was routed. mask: bool (...), False at padding. common:
+        the experts that follow the layer's own in the router's count.
 
         Under autocast the experts run in autocast's dtype, which y then has; the router and the losses stay in float32.
 
         Raises:
             ValueError: a shape or mask dtype that does not fit; the message says what was expected.
         """
-        self._check(x, mask)
+        self._check(x, mask, common)
         x_ND = x.reshape(-1, self.width)
         mask_N = None
         if mask is not None:
             mask_N = mask.reshape(-1)
             x_ND = x_ND.masked_fill(~mask_N[:, None], 0)  # padding may hold anything, nan included
-        noise_std = self.noise / self.num_experts if self.training else 0.0
-        routing = route(self.router(x_ND), self.k, noise_std=noise_std, renormalize=self.renormalize)
+        routing: Routing = self.router(x_ND, mask_N)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.experts.w1.dtype
         plan = plan_dispatch(
@@ -145,44 +196,73 @@ class MoELayer(nn.Module):
             slots=self.experts.slots(dtype),
         )
         with torch.autocast(device, enabled=False):
-            y_RD = self.experts(dispatch(x_ND.to(dtype), plan), plan)
-            y_ND = combine(y_RD, routing.gate_NK, plan)
+            y_RD = self._serve(dispatch(x_ND.to(dtype), plan), plan, common)
+            y_ND = self._add_shared(combine(y_RD, routing.gate_NK, plan), x_ND.to(dtype))
+        if self.shared is not None and mask_N is not None:
+            y_ND = y_ND.masked_fill(~mask_N[:, None], 0)
         return y_ND.view(x.shape), self._stats(routing, mask_N, plan)
 
+    def _serve(self, x_RD: Tensor, plan: Plan, common: Experts | None) -> Tensor:
+        if common is None:
+            return self.experts(x_RD, plan)
+        own, others = plan.split(self.num_experts - self.common)
+        return torch.cat([self.experts(x_RD[: own.rows], own), common(x_RD[own.rows :], others)])
+
+    def _add_shared(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.shared is None:
+            return y
+        weights = (self.shared.w1, self.shared.b1, self.shared.w2, self.shared.b2)
+        w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in weights)
+        assert w1 is not None and w2 is not None
+        h = activate(F.linear(x, w1.t(), b1), self.shared.activation, self.shared.inner_norm)
+        return y + F.linear(h, w2.t(), b2)
+
     def _stats(self, routing: Routing, mask_N: Tensor | None, plan: Plan) -> RoutingStats:
-        losses = {
-            name: LOSSES[name](routing, mask_N)
-            for name, weight in self.loss_weights.items()
-            if weight > 0 and not (name == "load" and routing.noise_std == 0)  # evaluation has no noise
-        }
-        loss = routing.logits_NE.new_zeros(())
-        for name, value in losses.items():
-            loss = loss + self.loss_weights[name] * value
+        losses, loss = {}, routing.logits_NE.new_zeros(())
+        for name, weight in self.loss_weights.items():
+            if name == "load" and routing.noise_std == 0:  # evaluation has no noise
+                continue
+            options = {"experts": self.global_experts} if name == "global_entropy" else {}
+            losses[name] = LOSSES[name](routing, mask_N, **options)
+            if name != "balance" or self.balance_over == "pass":
+                loss = loss + weight * losses[name]
+        loss = loss * self.pressure
+        sums = None
+        if "balance" in losses and self.balance_over != "pass":
+            weight = self.loss_weights["balance"] * self.pressure
+            sums = Sums(balance.probability_of(routing, mask_N), weight, self.balance_over)
         with torch.no_grad():
             load_E = balance.load_of(routing, mask_N)
             kept_NK = plan.kept_NK
             if kept_NK is None:
                 kept_NK = torch.ones_like(routing.expert_index_NK, dtype=torch.bool)
+            tokens = balance.count_tokens(routing, mask_N)
             return RoutingStats(
                 loss=loss,
                 losses={name: value.detach() for name, value in losses.items()},
                 load_E=load_E,
                 importance_E=balance.importance_of(routing, mask_N),
                 dropped=load_E.sum() - kept_NK.sum(),
-                tokens=balance.count_tokens(routing, mask_N),
+                unserved=tokens - kept_NK.any(dim=1).sum(),
+                tokens=tokens,
                 entropy=balance.gate_entropy(routing, mask_N),
+                logit_size=balance.logit_size(routing, mask_N),
                 expert_index_NK=routing.expert_index_NK,
                 gate_NK=routing.gate_NK.detach(),
                 kept_NK=kept_NK,
+                balance=sums,
             )
 
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+    def _check(self, x: Tensor, mask: Tensor | None, common: Experts | None) -> None:
         if x.ndim < 1 or x.shape[-1] != self.width:
             raise ValueError(f"x: expected shape (..., {self.width}), got {tuple(x.shape)}")
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
             raise ValueError(
                 f"mask: expected bool of shape {tuple(x.shape[:-1])}, got {mask.dtype} of {tuple(mask.shape)}"
             )
+
+        if (0 if common is None else len(common.w1)) != self.common:
+            raise ValueError(f"common: expected {self.common} experts, got {common}")
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, k={self.k}, backend={self.experts.backend}"

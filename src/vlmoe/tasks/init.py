@@ -6,6 +6,7 @@ Shape suffixes: D width · S patches along an edge.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,29 @@ IMAGE_POSITION, TEXT_POSITION = "backbone.image.position", "backbone.text.positi
 
 
 @torch.no_grad()
-def start_from(task: Downstream, pretrained: Task) -> None:
+def start_from(task: Downstream, pretrained: Task, fresh: Sequence[str] = ()) -> None:
     """Copy a pre-trained model's backbone into a task, and into a captioner the text head's bias.
 
     Positions of patches are interpolated to another image size; further text positions stay as they were drawn.
+    fresh: beginnings of names in the backbone ("text.tokens", "blocks.3") whose content is not copied: they are drawn
+    anew with the mean and standard deviation they have, for the rest is used to that size.
 
     Raises:
-        UserError: another tensor has another shape, as after a change of width, patch or experts; it is named.
+        UserError: another tensor has another shape, as after a change of width, patch or experts; it is named. Or a
+            name in `fresh` fits nothing.
     """
     wanted = task.state_dict()
+    skipped = {part: [n for n in wanted if n.startswith(f"backbone.{part}")] for part in fresh}
+    for part, names in skipped.items():
+        if not names:
+            raise UserError(f"key 'train.fresh': the backbone has no {part!r}; it has {_parts(wanted)}")
+    fresh_names = {name for names in skipped.values() for name in names}
     for name, tensor in pretrained.state_dict().items():
         ours = isinstance(task, Caption) and isinstance(pretrained, (MaskedDataModelling, Caption))
         if not name.startswith("backbone.") and not (ours and name == "text_bias"):
             continue
+        if name in fresh_names and tensor.is_floating_point():
+            tensor = torch.randn_like(tensor) * tensor.std(correction=0) + tensor.mean()
         if name == IMAGE_POSITION:
             tensor = interpolate_positions(tensor, wanted[name].shape[1])
         if name == TEXT_POSITION:
@@ -48,6 +59,12 @@ def start_from(task: Downstream, pretrained: Task) -> None:
     missing = [n for n in wanted if n.startswith("backbone.") and n not in pretrained.state_dict()]
     if missing:
         raise UserError(f"cannot start from the pre-trained weights: they have no {', '.join(missing[:3])}")
+
+
+def _parts(names: Iterable[str]) -> str:
+    """What a backbone is made of, two names deep."""
+    inside = (name.split(".")[1:3] for name in names if name.startswith("backbone."))
+    return ", ".join(dict.fromkeys(".".join(part) for part in inside))
 
 
 def interpolate_positions(position: Tensor, tokens: int) -> Tensor:

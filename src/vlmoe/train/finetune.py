@@ -52,7 +52,7 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
         torch.manual_seed(recipe.seed)
         task = build_task(recipe, examples.labels, start.text_tokenizer)
         if not recipe.train.scratch:
-            start_from(task, start.model)
+            start_from(task, start.model, recipe.train.fresh)
         task.freeze()
         collate = collate_of(recipe, examples.labels, start.text_tokenizer)
         count = min(count_of(recipe, judged, first), recipe.eval.validate)

@@ -1,0 +1,111 @@
+"""Soft mixture of experts: no choice, every expert works on mixtures of a sequence's tokens (Puigcerver et al. 2023).
+
+Shape suffixes: B sequences · T tokens · D width · E experts · P slots of an expert · S = E*P slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmoe.moe.dispatch import Plan
+from vlmoe.moe.experts import Experts
+from vlmoe.moe.layer import MoELayer, RoutingStats
+
+
+class SoftRouter(nn.Module):
+    """Logits of tokens against slots: cosines times a learned scale, which keeps the softmax useful at any width."""
+
+    def __init__(self, width: int, experts: int, slots: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts * slots, width))
+        self.scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        self.scale.fill_(1.0)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """logits_BTS, float32 or better."""
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            slots_SD = self.scale.to(dtype) * F.normalize(self.weight.to(dtype), dim=-1)
+            return F.normalize(x_BTD.to(dtype), dim=-1) @ slots_SD.t() * x_BTD.shape[-1] ** 0.5
+
+
+class SoftMoELayer(MoELayer):
+    """`MoELayer` in everything but the choice: each slot is a mixture of a sequence's tokens (softmax over tokens),
+    each token a mixture of the slots' outputs (softmax over slots).
+
+    slots: of each expert, for each sequence. Compute follows slots, not tokens: experts * slots = k * tokens costs what
+    top-k does. A token sees all others of its sequence, so the layer cannot write text from left to right. In the
+    statistics a token counts for the expert that gives most of its output, with that expert's weight as its gate.
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int, k: int = 1, *, slots: int = 1, **options: object) -> None:
+        super().__init__(width, hidden, experts, k, **options)  # type: ignore[arg-type]
+        if slots < 1:
+            raise ValueError(f"slots: expected at least 1, got {slots}")
+        self.slots = slots
+        self.router = SoftRouter(width, experts, slots)  # type: ignore[assignment]
+        self.loss_weights = {}
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, common: Experts | None = None
+    ) -> tuple[Tensor, RoutingStats]:
+        """x: (B, T, D) or (T, D), one sequence."""
+        self._check(x, mask, common)
+        x_BTD = x if x.ndim == 3 else x.reshape(1, -1, self.width)
+        mask_BT = None if mask is None else mask.reshape(x_BTD.shape[:2])
+        if mask_BT is not None:
+            x_BTD = x_BTD.masked_fill(~mask_BT[..., None], 0)
+        logits_BTS = self.router(x_BTD)
+        mix_BTS = logits_BTS
+        if mask_BT is not None:  # finite, so that a sequence of padding alone gives no nan: its tokens are zero
+            mix_BTS = logits_BTS.masked_fill(~mask_BT[..., None], torch.finfo(logits_BTS.dtype).min)
+        dispatch_BTS = mix_BTS.softmax(dim=1)
+        combine_BTS = logits_BTS.softmax(dim=2)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.experts.w1.dtype
+        with torch.autocast(device, enabled=False):
+            rows_SBD = torch.einsum("bts,btd->sbd", dispatch_BTS, x_BTD.to(dispatch_BTS.dtype)).to(dtype)
+            y_RD = self.experts(rows_SBD.reshape(-1, self.width), self._plan(rows_SBD))
+            y_BTD = torch.einsum("bts,sbd->btd", combine_BTS, y_RD.view(rows_SBD.shape).to(combine_BTS.dtype)).to(dtype)
+            y_BTD = self._add_shared(y_BTD, x_BTD.to(dtype))
+        if mask_BT is not None:
+            y_BTD = y_BTD.masked_fill(~mask_BT[..., None], 0)
+        return y_BTD.view(x.shape), self._soft_stats(combine_BTS.detach(), mask_BT, logits_BTS)
+
+    def _plan(self, rows_SBD: Tensor) -> Plan:
+        """Every expert has its slots of all sequences, already in order."""
+        each = self.slots * rows_SBD.shape[1]
+        row_R = torch.arange(self.num_experts * each, device=rows_SBD.device)
+        count_E = torch.full((self.num_experts,), each, device=rows_SBD.device)
+        kernel = rows_SBD.device.type != "cpu" and self.experts.backend == "grouped"
+        return Plan(row_R, row_R, None, row_R[:, None], None, count_E, None if kernel else [each] * self.num_experts)
+
+    @torch.no_grad()
+    def _soft_stats(self, combine_BTS: Tensor, mask_BT: Tensor | None, logits_BTS: Tensor) -> RoutingStats:
+        share_NE = combine_BTS.flatten(0, 1).unflatten(1, (self.num_experts, self.slots)).sum(dim=2)
+        real_N = share_NE.new_ones(len(share_NE), dtype=torch.bool) if mask_BT is None else mask_BT.reshape(-1)
+        gate_N1, index_N1 = share_NE.max(dim=1, keepdim=True)
+        counted_N = real_N.to(torch.int64)
+        tokens = counted_N.sum()
+        entropy_N = -(share_NE * share_NE.clamp_min(torch.finfo(share_NE.dtype).tiny).log()).sum(dim=1)
+        return RoutingStats(
+            loss=logits_BTS.new_zeros(()),
+            losses={},
+            load_E=counted_N.new_zeros(self.num_experts).scatter_add_(0, index_N1[:, 0], counted_N),
+            importance_E=share_NE.masked_fill(~real_N[:, None], 0).sum(dim=0),
+            dropped=tokens.new_zeros(()),
+            unserved=tokens.new_zeros(()),
+            tokens=tokens,
+            entropy=entropy_N.masked_fill(~real_N, 0).sum() / tokens.clamp_min(1),
+            logit_size=logits_BTS.detach().flatten(0, 1).masked_fill(~real_N[:, None], 0).square().mean().sqrt(),
+            expert_index_NK=index_N1,
+            gate_NK=gate_N1,
+            kept_NK=real_N[:, None],
+        )
