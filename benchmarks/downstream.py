@@ -34,7 +34,7 @@ from vlmoe.evaluate.downstream import UNITS
 BLIND = {"vqa": "image", "nli": "text", "caption": "image"}  # NLVR2 is at 50% without images by construction
 METRICS = {"vqa": "accuracy", "nlvr2": "accuracy", "retrieval": "mean_recall", "classify": "accuracy",
            "nli": "accuracy", "caption": "CIDEr"}  # fmt: skip
-VARIANTS = ("pretrained", "scratch", "blind", "another's input", "best guess")
+VARIANTS = ("pretrained", "scratch", "fresh words", "blind", "another's input", "best guess")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # of n values, n - 1 degrees of freedom
 
 

@@ -336,6 +336,19 @@ def test_a_model_of_other_sizes_is_refused(pretrained: Path) -> None:
             start_from(build_task(plan, ("yes",), start.text_tokenizer), start.model)
 
 
+def test_parts_can_be_drawn_anew_at_the_size_they_have(pretrained: Path) -> None:
+    start = load_pretrained(pretrained)
+    plan = load_finetune("vqa", "world", start.recipe, "x", ["train.fresh=[text.tokens]"])
+    task = build_task(plan, ("yes",), start.text_tokenizer)
+    start_from(task, start.model, plan.train.fresh)
+    ours, theirs = task.backbone.text.tokens.weight, start.model.backbone.text.tokens.weight
+    assert (ours - theirs).abs().mean() > 0.5 * theirs.std()
+    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
+    assert torch.equal(task.backbone.image.position, start.model.backbone.image.position)
+    with pytest.raises(UserError, match=r"train.fresh.*no 'text.words'; it has .*text.tokens"):
+        start_from(task, start.model, ["text.words"])
+
+
 def test_scratch_and_pretrained_differ_in_the_backbone_alone(pretrained: Path, tmp_path: Path) -> None:
     lines = [finetune("classify", pretrained, tmp_path / n, f"train.scratch={n}") for n in ("true", "false")]
     assert "from random weights" in lines[0].replace("\n", " ")

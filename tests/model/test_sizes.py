@@ -73,11 +73,14 @@ def test_predicted_parameters_are_the_built_ones(name: str) -> None:
     assert s.params_total == sum(v for n, v in built.items() if n.startswith("backbone."))
     assert s.params_heads == sum(v for n, v in built.items() if not n.startswith("backbone."))
     assert s.params_by_part["routers"] == sum(v for n, v in built.items() if ".router." in n)
-    idle = sum(
-        sum(p.numel() for p in m.experts.parameters()) // len(m.experts.w1) * (len(m.experts.w1) - m.k)
-        for m in task.modules()
-        if isinstance(m, MoELayer)
-    ) + s.params_by_part["common_experts"]  # k counts the chosen ones, own or in common
+    idle = (
+        sum(
+            sum(p.numel() for p in m.experts.parameters()) // len(m.experts.w1) * (len(m.experts.w1) - m.k)
+            for m in task.modules()
+            if isinstance(m, MoELayer)
+        )
+        + s.params_by_part["common_experts"]
+    )  # k counts the chosen ones, own or in common
     assert s.params_per_token == s.params_total - idle
     assert s.memory_bytes == 16 * sum(built.values())
 

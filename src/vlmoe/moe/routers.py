@@ -75,9 +75,10 @@ class Router(nn.Module):
     def balance(self, load_E: Tensor, scale: Tensor | float = 1.0) -> None:
         """Move the selection bias by `bias_rate` against the sign of each expert's excess load (Wang et al. 2024).
 
-        load_E: choices of the whole step. Called once a step, after the update. scale: 0 leaves the bias as it is.
+        load_E: choices of the whole step. Called once a step, after the update. scale: 0 leaves the bias as it is. A
+        frozen router's stays too.
         """
-        if self.bias_rate > 0:
+        if self.bias_rate > 0 and self.weight.requires_grad:
             load_E = load_E.to(self.bias_E.dtype)
             self.bias_E += self.bias_rate * scale * (load_E.mean() - load_E).sign()
 

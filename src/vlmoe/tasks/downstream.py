@@ -24,7 +24,7 @@ from vlmoe.data.downstream.collate import Prepare
 from vlmoe.data.downstream.example import Example
 from vlmoe.metrics import Score
 from vlmoe.model import Backbone, BackboneOutput
-from vlmoe.moe import Experts, MoELayer, Router, RoutingStats
+from vlmoe.moe import Experts, MoELayer, Router, RoutingStats, SoftRouter
 from vlmoe.tasks.base import StepOutput, Task
 from vlmoe.tasks.pretrain import summarise_routing
 
@@ -111,7 +111,7 @@ class Downstream(Task):
             if policy == "experts_only":
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(isinstance(module, Experts))
-            frozen = {"freeze_routers": Router, "freeze_experts": Experts}.get(policy)
+            frozen = {"freeze_routers": (Router, SoftRouter), "freeze_experts": (Experts,)}.get(policy)
             if frozen is not None and isinstance(module, frozen):
                 module.requires_grad_(False)
 
