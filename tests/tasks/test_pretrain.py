@@ -149,6 +149,8 @@ def stats(load: list[float], loss: float, tokens: int) -> RoutingStats:
         "load_E": torch.tensor(load),
         "importance_E": torch.tensor(load),
         "dropped": zero,
+        "unserved": zero,
+        "logit_size": zero,
         "tokens": torch.tensor(tokens),
         "entropy": zero,
         "expert_index_NK": torch.zeros(0, 1, dtype=torch.long),
