@@ -166,7 +166,8 @@ def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
         ("1/text", stats([0, 1], 5.0, 1)),
         ("3/text", stats([2, 2], 7.0, 4)),
     ]
-    loss, metrics, load = summarise_routing(routed)
+    found = summarise_routing(routed)
+    loss, metrics, load = found.loss, found.metrics, found.load
     assert loss.item() == pytest.approx((3 * 1.0 + 1 * 5.0) / 4 + 7.0)
     assert metrics["text/balance"].item() == pytest.approx((2.0 + 7.0) / 2)
     assert metrics["text/max_load"].item() == pytest.approx((1.5 + 1.0) / 2)
@@ -174,5 +175,6 @@ def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
 
 
 def test_no_sparse_layer_means_no_routing() -> None:
-    loss, metrics, load = summarise_routing([])
+    found = summarise_routing([])
+    loss, metrics, load = found.loss, found.metrics, found.load
     assert (loss.item(), metrics, load) == (0.0, {}, {})

@@ -110,7 +110,7 @@ def drop_key(path: Path) -> None:
         (STATE, os.remove, r"missing"),
         (STATE, truncate, r"not readable as JSON"),
         (STATE, drop_key, r"lacks micro_step"),
-        (STATE, lambda p: p.write_text('{"format": 99}'), r"format 99, this version reads 2"),
+        (STATE, lambda p: p.write_text('{"format": 99}'), r"format 99, this version reads 3"),
         (STATE, lambda p: p.write_text("[]"), r"format 'list'"),
     ],
 )

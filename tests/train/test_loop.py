@@ -140,7 +140,7 @@ def test_what_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path: Path, onl
     torch.manual_seed(0)
     task = Breaking(4, only_gradient)
     with pytest.raises(NonFiniteError) as error:
-        train(toy_recipe(tmp_path), task, ToyData(), tmp_path)
+        train(toy_recipe(tmp_path, guard={"on": False}), task, ToyData(), tmp_path)
     assert "step 5: loss or gradient is not finite: loss " in str(error.value)
     assert ("grad_norm nan" if only_gradient else "loss nan") in str(error.value)
     assert "text/mlm" in str(error.value)
@@ -149,7 +149,8 @@ def test_what_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path: Path, onl
     assert len(losses(tmp_path)) == 4
     assert all(torch.isfinite(p).all() for p in task.parameters())
     assert read_lines(tmp_path / EVENTS)[-1]["event"] == "not finite"
-    assert train(toy_recipe(tmp_path), toy_task(), ToyData(), tmp_path).resumed_from == 4
+    again = toy_recipe(tmp_path, guard={"on": False})
+    assert train(again, toy_task(), ToyData(), tmp_path).resumed_from == 4
 
 
 def test_too_many_bad_samples_fail_the_run_and_a_larger_budget_lets_it_go_on(tmp_path: Path) -> None:

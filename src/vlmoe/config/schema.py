@@ -154,6 +154,20 @@ class DataConfig:
 
 # --------------------------------------------------------------------------------------------------------------- train
 @dataclass
+class GuardConfig:
+    """The autopilot, see `vlmoe.train.guard`. Off, a loss that is no number ends the run."""
+
+    on: bool = True
+    every: int = 10  # steps between two looks
+    spike: float = 8.0  # an update is held back when the loss is so many robust deviations above its running median
+    patience: int = 20  # updates held back in a row before the run is rolled back to its last checkpoint
+    max_roll_backs: int = 3  # in a row, before the run is given up
+    dead_after: int = 200  # steps without a token after which an expert is revived
+    collapse: float = 0.7  # of the way from even load to one expert for all: there the balance losses are raised
+    max_pressure: float = 16.0  # on the balance losses
+
+
+@dataclass
 class TrainConfig:
     steps: int = 1000
     lr: float = 1e-3
@@ -168,6 +182,8 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda
     precision: str = "auto"  # auto: bf16 autocast on CUDA, fp32 elsewhere; or fp32, bf16
     compile: bool = False
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watch_every: int = 50  # steps between two looks at the routers (routing.jsonl, TensorBoard, warnings); 0: never
     log_every: int = 1
     checkpoint_every: int = 500
     keep: int = 2  # newest checkpoints kept

@@ -124,6 +124,14 @@ def _train(t: TrainConfig, need: Need) -> None:
         need(getattr(t, f) >= 0, f"train.{f}", getattr(t, f), "a number not below 0")
     for f in ("beta1", "beta2"):
         need(0 <= getattr(t, f) < 1, f"train.{f}", getattr(t, f), "a number from 0 to below 1")
+    g = t.guard
+    for f in ("every", "patience", "dead_after"):
+        need(getattr(g, f) > 0, f"train.guard.{f}", getattr(g, f), "a positive number of steps")
+    need(g.max_roll_backs >= 0, "train.guard.max_roll_backs", g.max_roll_backs, "a number not below 0")
+    need(g.spike > 0, "train.guard.spike", g.spike, "a positive number")
+    need(0 < g.collapse <= 1, "train.guard.collapse", g.collapse, "a share above 0, at most 1")
+    need(g.max_pressure >= 1, "train.guard.max_pressure", g.max_pressure, "a number not below 1")
+    need(t.watch_every >= 0, "train.watch_every", t.watch_every, "a number of steps, or 0 for never")
     need(t.precision in {"auto", "fp32", "bf16"}, "train.precision", t.precision, "auto, fp32 or bf16")
 
 

@@ -141,7 +141,7 @@ def expert_use(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str
     """ "block/modality" -> share of the assignments each expert took, largest over mean load, idle experts."""
     routed = [item for batch in batches for item in model.run(batch).stats.items()]
     table: dict[str, dict[str, Any]] = {}
-    for name, load_E in summarise_routing(routed)[2].items():
+    for name, load_E in summarise_routing(routed).load.items():
         share_E = (load_E / load_E.sum().clamp_min(1)).cpu()
         table[name] = {
             "share": [round(s, 4) for s in share_E.tolist()],

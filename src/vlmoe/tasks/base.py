@@ -13,6 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from vlmoe.data.batch import Batch
+from vlmoe.moe import MoELayer
+
+
+@dataclass
+class Span:
+    """Of one layer in one micro-batch: choices of each expert, summed probabilities with gradient, real tokens; the
+    loss's weight and what it spans (micro, step or global)."""
+
+    load_E: Tensor
+    probability_E: Tensor
+    tokens: Tensor
+    weight: float
+    scope: str
 
 
 @dataclass
@@ -21,11 +34,15 @@ class StepOutput:
 
     loss: scalar with gradient. metrics: name -> detached scalar, averaged over micro-batches by the loop.
     load: "block/modality" -> (E,) detached count of assignments to each expert, summed over micro-batches.
+    layers: "block/modality" -> detached scalars of that layer's routing. spans: "block/modality" -> what a balance loss
+    over more than one pass is made of; the loop adds it, for it alone knows the other micro-batches and devices.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     load: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    spans: dict[str, Span] = field(default_factory=dict)
 
 
 class Task(nn.Module, ABC):
@@ -48,6 +65,15 @@ class Task(nn.Module, ABC):
                 # A mixture stacks its experts' biases into (E, D): they are still biases.
                 (rest if free or last in {"bias", "b1", "b2"} else decay).append(parameter)
         return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+    def routed_layers(self) -> dict[str, MoELayer]:
+        """The sparse layers, by the names that `StepOutput.load` has."""
+        backbone = getattr(self, "backbone", None)
+        return {} if backbone is None else backbone.routed_layers()
+
+    def choices(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
+        """ "block/modality" -> the first choice of each token of these batches; by it one sees choices change."""
+        return {}
 
     @torch.no_grad()
     def prepare(self, device: torch.device) -> None:

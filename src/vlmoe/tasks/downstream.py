@@ -26,7 +26,7 @@ from vlmoe.metrics import Score
 from vlmoe.model import Backbone, BackboneOutput
 from vlmoe.moe import Experts, MoELayer, Router, RoutingStats, SoftRouter
 from vlmoe.tasks.base import StepOutput, Task
-from vlmoe.tasks.pretrain import summarise_routing
+from vlmoe.tasks.pretrain import first_choices, summarise_routing
 
 SHOWN = 5  # best answers kept of each prediction
 
@@ -54,7 +54,7 @@ class Downstream(Task):
         self.backbone = Backbone(recipe.model)
         for module in self.backbone.modules():
             if isinstance(module, MoELayer) and not recipe.sparse.losses:
-                module.loss_weights = dict.fromkeys(module.loss_weights, 0.0)
+                module.loss_weights = {}
 
     @staticmethod
     @abstractmethod
@@ -93,10 +93,11 @@ class Downstream(Task):
     def output(self, loss: Tensor, outputs: Sequence[BackboneOutput], **metrics: Tensor) -> StepOutput:
         """The step's output with the routing of all passes through the backbone."""
         routed: list[tuple[str, RoutingStats]] = [item for output in outputs for item in output.stats.items()]
-        routing_loss, routing_metrics, load = summarise_routing(routed)
+        routing = summarise_routing(routed)
         named = {f"{self.task}/{name}": value.detach() for name, value in metrics.items()}
         task_loss = {f"{self.task}/loss": loss.detach()}
-        return StepOutput(loss + routing_loss.to(loss.device), task_loss | named | routing_metrics, load)
+        total = loss + routing.loss.to(loss.device)
+        return StepOutput(total, task_loss | named | routing.metrics, routing.load, routing.layers, routing.spans)
 
     def tokens(self, batches: dict[str, Batch]) -> int:
         patches = (self.recipe.model.image_size // self.recipe.model.patch) ** 2 + 1
@@ -158,6 +159,10 @@ class Classifier(Downstream):
         best_B = label if label.ndim == 1 else label.argmax(dim=-1)
         accuracy = (logits_BL.detach().argmax(dim=-1) == best_B).float().mean()
         return self.output(self.loss(logits_BL.float(), label), outputs, accuracy=accuracy)
+
+    @torch.no_grad()
+    def choices(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
+        return first_choices(item for output in self.logits(batches)[1] for item in output.stats.items())
 
     @torch.no_grad()
     def predict(self, batches: dict[str, Batch]) -> list[Guess]:

@@ -8,7 +8,8 @@ Shape suffixes: B batch · P patches · T text tokens · D width · M hidden pos
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.visual_tokenizer import VisualTokenizer
 from vlmoe.model import Backbone, BackboneOutput
 from vlmoe.moe import RoutingStats
-from vlmoe.tasks.base import StepOutput, Task
+from vlmoe.moe.balance import balance_of
+from vlmoe.tasks.base import Span, StepOutput, Task
 
 
 class MaskedDataModelling(Task):
@@ -74,10 +76,14 @@ class MaskedDataModelling(Task):
             if batch.text_BT is not None:
                 name = f"{kind}/mlm"
                 losses[name], counts[name], metrics[f"{name}_accuracy"] = self._mlm(batch, output)
-        routing_loss, routing_metrics, load = summarise_routing(routed)
-        loss = pool(losses, counts) + routing_loss
-        metrics = {name: value.detach() for name, value in losses.items()} | metrics | routing_metrics
-        return StepOutput(loss, metrics, load)
+        routing = summarise_routing(routed)
+        loss = pool(losses, counts) + routing.loss
+        metrics = {name: value.detach() for name, value in losses.items()} | metrics | routing.metrics
+        return StepOutput(loss, metrics, routing.load, routing.layers, routing.spans)
+
+    @torch.no_grad()
+    def choices(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
+        return first_choices(item for batch in batches.values() for item in self.run(batch).stats.items())
 
     def tokens(self, batches: dict[str, Batch]) -> int:
         total = 0
@@ -125,33 +131,77 @@ def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor, Tenso
     return F.cross_entropy(logits_MV, target_M), count, accuracy
 
 
-def summarise_routing(
-    routed: Iterable[tuple[str, RoutingStats]],
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+@dataclass
+class RoutingSummary:
+    """loss: of routing, with gradient. metrics: averaged over the layers of a modality ("vision/balance",
+    "text/max_load", ...). load, layers, spans: see `StepOutput`."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    load: dict[str, Tensor]
+    layers: dict[str, dict[str, Tensor]]
+    spans: dict[str, Span]
+
+
+def summarise_routing(routed: Iterable[tuple[str, RoutingStats]]) -> RoutingSummary:
     """Join the routing of several passes through the same layers.
 
     routed: ("block/modality", stats) once for each pass. A layer's loss is the token-weighted mean over its passes, so
     that each token counts once; layers are summed.
-    Returns the loss, metrics averaged over the layers of a modality ("vision/balance", "text/max_load", ...) and the
-    summed load of each layer.
     """
     passes: dict[str, list[RoutingStats]] = {}
     for name, stats in routed:
         passes.setdefault(name, []).append(stats)
-    loss = torch.zeros(())
+    found = RoutingSummary(torch.zeros(()), {}, {}, {}, {})
     by_modality: dict[str, list[Tensor]] = {}
-    load: dict[str, Tensor] = {}
     for name, layer in passes.items():
         modality = name.rsplit("/", 1)[1]
-        tokens = torch.stack([s.tokens for s in layer]).float()
-        share = tokens / tokens.sum().clamp_min(1)
-        loss = loss.to(share.device) + (torch.stack([s.loss for s in layer]) * share).sum()
-        load[name] = load_E = torch.stack([s.load_E for s in layer]).sum(dim=0).detach()
+        tokens = torch.stack([s.tokens for s in layer])
+        share = tokens.float() / tokens.sum().clamp_min(1)
+        found.loss = found.loss.to(share.device) + (torch.stack([s.loss for s in layer]) * share).sum()
+        found.load[name] = load_E = torch.stack([s.load_E for s in layer]).sum(dim=0).detach()
+        sums = [s.balance for s in layer if s.balance is not None]
+        if sums:
+            probability_E = torch.stack([s.probability_E for s in sums]).sum(dim=0)
+            found.spans[name] = Span(load_E, probability_E, tokens.sum(), sums[0].weight, sums[0].scope)
         values = {key: (torch.stack([s.losses[key] for s in layer]) * share).sum() for key in layer[0].losses}
         values["entropy"] = (torch.stack([s.entropy for s in layer]) * share).sum()
         values["max_load"] = load_E.max() / load_E.float().mean().clamp_min(1e-9)  # 1 is even
         values["idle"] = (load_E == 0).float().mean()
         values["dropped"] = torch.stack([s.dropped for s in layer]).sum() / load_E.sum().clamp_min(1)
-        for key, value in values.items():
-            by_modality.setdefault(f"{modality}/{key}", []).append(value.detach())
-    return loss, {key: torch.stack(list(v)).float().mean() for key, v in by_modality.items()}, load
+        values["unserved"] = torch.stack([s.unserved for s in layer]).sum() / tokens.sum().clamp_min(1)
+        values["logits"] = (torch.stack([s.logit_size for s in layer]) * share).sum()
+        found.layers[name] = {key: value.detach() for key, value in values.items()}
+        for key, value in found.layers[name].items():
+            by_modality.setdefault(f"{modality}/{key}", []).append(value)
+    found.metrics = {key: torch.stack(list(v)).float().mean() for key, v in by_modality.items()}
+    return found
+
+
+def first_choices(routed: Iterable[tuple[str, RoutingStats]]) -> dict[str, Tensor]:
+    """Each layer's first choice for every token of all passes, padding left out as -1."""
+    chosen: dict[str, list[Tensor]] = {}
+    for name, stats in routed:
+        first_N = stats.expert_index_NK[:, 0].masked_fill(~stats.kept_NK.any(dim=1), -1)
+        chosen.setdefault(name, []).append(first_N)
+    return {name: torch.cat(parts) for name, parts in chosen.items()}
+
+
+def balance_beyond_passes(
+    spans: dict[str, Span], before: dict[str, Tensor], all_reduce: Callable[[Tensor], Tensor] | None = None
+) -> Tensor | float:
+    """The weighted balance losses that span a micro-batch or more, for one micro-batch.
+
+    before: choices of the step's earlier micro-batches, for spans of scope "step" and "global". The share of choices is
+    that of all of them, the probabilities are this micro-batch's (Qiu et al. 2025, global-batch balance). all_reduce:
+    sums over devices, for scope "global"; None: there is one.
+    """
+    total: Tensor | float = 0.0
+    for name, span in spans.items():
+        load_E = span.load_E
+        if span.scope != "micro" and name in before:
+            load_E = load_E + before[name]
+        if span.scope == "global" and all_reduce is not None:
+            load_E = all_reduce(load_E.clone())
+        total = total + span.weight * balance_of(load_E, span.probability_E, span.tokens)
+    return total

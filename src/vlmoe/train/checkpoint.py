@@ -26,11 +26,11 @@ from vlmoe.config import FinetuneRecipe, Recipe, UserError, to_mapping
 from vlmoe.tasks.base import Task
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-FORMAT = 2
+FORMAT = 3
 # Keys that may differ between a checkpoint and the recipe that goes on from it: none of them enters the numbers.
 FREE_KEYS = re.compile(
     r"(name|about|run\..*|eval\.(samples|batch|pictures)|data\.workers|data\.max_bad_share"
-    r"|train\.(log_every|checkpoint_every|keep|device))"
+    r"|train\.(log_every|watch_every|checkpoint_every|keep|device))"
 )
 
 
@@ -45,7 +45,7 @@ class State:
     step: updates done. micro_step: the next micro-batch's number in the data. seconds: time trained so far, over all
     launches. loss: of the last step. recipe: as plain mapping. bad: the count of skipped samples. logs: file name ->
     bytes that it had, to cut it back to on resume. machine: what bit-identity depends on (threads, torch, device).
-    validation: see `loop.Validation`; empty without one.
+    validation: see `loop.Validation`; empty without one. guard: see `guard.Memory`; empty without one.
     """
 
     step: int
@@ -57,6 +57,7 @@ class State:
     logs: dict[str, int] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 # -------------------------------------------------------------------------------------------------------------- folder

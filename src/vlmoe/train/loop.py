@@ -7,13 +7,15 @@ run that goes on from a checkpoint continues bit for bit as if it had never stop
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +24,16 @@ from torch.utils.data import Dataset
 from vlmoe.config import FinetuneRecipe, Recipe, TrainConfig, UserError, to_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import BadBudget, Step, make_loader
+from vlmoe.moe import SoftMoELayer
 from vlmoe.tasks.base import StepOutput, Task
+from vlmoe.tasks.pretrain import balance_beyond_passes
 from vlmoe.train import checkpoint
+from vlmoe.train.guard import Guard
 from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.progress import Display
 from vlmoe.train.runlog import SKIPPED, RunError, RunLog, lock_run, machine
 from vlmoe.train.signals import StopRequest
+from vlmoe.train.watch import Watch
 
 CHECKPOINTS, BEST = "checkpoints", "best"
 ROUTING_RECORDS = 1000  # at most in a run: enough for a heat map over time, small beside the checkpoints
@@ -179,6 +185,14 @@ class Trainer:
         if self.validation is not None:
             for name, value in self.state.validation.items():
                 setattr(self.validation, name, value)
+        self.routed = self.task.routed_layers()
+        self.watch = Watch(self.task, self.config.watch_every)
+        guard = self.config.guard
+        self.guard = None
+        if guard.on:
+            self.guard = Guard(guard, self.task, self.optimizer, recipe.seed, device, self.state.guard)
+        self.last_loss: Tensor | None = None
+        self.data_moved = False  # a roll-back leaves out the data since the checkpoint
         self.resumed_from = self.saved_step = self.state.step
         self.launched = _Clock(time.perf_counter())
         self.lap = _Clock(time.perf_counter())
@@ -226,25 +240,20 @@ class Trainer:
             self.budget.load_state_dict(self.state.bad)
         with StopRequest() as stop:
             # after the handlers, so that forked workers inherit them: Ctrl-C reaches the whole process group
-            data = iter(
-                make_loader(
-                    self.dataset,
-                    start=self.state.micro_step,
-                    stop=config.steps * config.accumulate,
-                    workers=self.recipe.data.workers,
-                    device=self.device,
-                )
-            )
+            data = self._open_data()
             self.launched = _Clock(time.perf_counter())
             self.lap = _Clock(time.perf_counter())
             while not self._ended() and stop.number is None:
                 try:
                     self._step(data, display)
+                    if self.data_moved:
+                        data, self.data_moved = self._open_data(), False
+                        continue
                     self._validate(display)
                 except RuntimeError:
                     if stop.number is None:  # else: a signal to the whole process group took the workers along
                         raise
-                if self.state.step % config.checkpoint_every == 0 and not self._ended():
+                if self.state.step % config.checkpoint_every == 0 and not self._ended() and self._healthy(display):
                     self._save()
             complete = self._ended()
             if complete:
@@ -252,33 +261,109 @@ class Trainer:
             self._save()
             return None if complete else stop.number
 
+    def _open_data(self) -> Iterator[Step]:
+        """From the next micro-batch on, as many as the steps that are left."""
+        left = (self.config.steps - self.state.step) * self.config.accumulate
+        return iter(
+            make_loader(
+                self.dataset,
+                start=self.state.micro_step,
+                stop=self.state.micro_step + left,
+                workers=self.recipe.data.workers,
+                device=self.device,
+            )
+        )
+
+    def _healthy(self, display: Display) -> bool:
+        """Whether this is a state to return to. What the guard holds back it may still have to undo."""
+        if self.guard is None:
+            return True
+        self._look(display)
+        return self.guard.healthy and not self.data_moved
+
     def _step(self, data: Iterator[Step], display: Display) -> None:
         """One update from `accumulate` micro-batches."""
         config, number = self.config, self.state.step + 1
         rate = learning_rate(number, config)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = []
+        outputs: list[StepOutput] = []
+        load: dict[str, Tensor] = {}
         for i in range(config.accumulate):
             batches = self._next(data)
+            self.watch.see(batches)
             torch.manual_seed(seed_of(self.recipe.seed, self.state.micro_step + i))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 output = self.task(batches)
-            (output.loss / config.accumulate).backward()
-            outputs.append(StepOutput(output.loss.detach(), output.metrics, output.load))
+            loss = output.loss + balance_beyond_passes(output.spans, load, sum_over_devices())
+            (loss / config.accumulate).backward()
+            outputs.append(replace(output, loss=loss.detach(), spans={}))
+            load = _sum([load, output.load])
         grad_norm = clip_gradients(self.task, config.clip)
-        means = _mean([{"loss": o.loss, "grad_norm": grad_norm, **o.metrics} for o in outputs])
-        self._check_finite(number, means)
+        watched = self.watch.look(outputs) if self.watch.due(number) else {}
+        records = [{"loss": o.loss, "grad_norm": grad_norm, **o.metrics} for o in outputs]
+        ok = self._admit(number, records)
         self.optimizer.step()
+        for name, layer in self.routed.items():
+            if name in load and not isinstance(layer, SoftMoELayer):
+                layer.router.balance(load[name], ok * layer.pressure)
         self.state.step = number
         self.state.micro_step += config.accumulate
-        self.state.loss = means["loss"]
-        if number % config.log_every == 0 or number == config.steps:
+        self.last_loss = torch.stack([o.loss for o in outputs]).double().mean()
+        last = number == config.steps
+        if number % config.log_every == 0 or last:
+            means = _mean(records)
             self._record(display, {"loss": means.pop("loss"), "lr": rate, **means})
-        if number % routing_every(config) == 0 or number == config.steps:
-            load = _sum([o.load for o in outputs])
-            if load:
-                self.log.routing(number, load)
+        if load and (watched or last or number % routing_every(config) == 0):
+            self.log.routing(number, load, watched)
+            for warning in self.watch.warnings(number, watched):
+                display.warn(f"step {number}: {warning}")
+                self.log.event("warning", step=number, text=warning)
+        if self.guard is not None:
+            self.guard.count(load)
+            if number % self.config.guard.every == 0 or last:
+                self._look(display)
+
+    def _admit(self, number: int, records: list[dict[str, Tensor]]) -> Tensor | float:
+        """1 where the update may be made. The guard decides on the device, and the optimizer reads its word there."""
+        if self.guard is None:
+            self._check_finite(number, _mean(records))
+            return 1.0
+        loss = torch.stack([r["loss"] for r in records]).double().mean()
+        ok = self.guard.admit(number, loss, records[0]["grad_norm"])
+        self.optimizer.found_inf = 1 - ok  # type: ignore[attr-defined]  # fused AdamW skips the update where it is 1
+        return ok
+
+    def _look(self, display: Display) -> None:
+        """Let the guard act on what happened since its last look."""
+        assert self.guard is not None
+
+        def event(kind: str, **details: Any) -> None:
+            self.log.event(kind, **details)
+            words = ", ".join(f"{k} {v}" for k, v in details.items() if k not in ("step", "cause", "loss", "grad_norm"))
+            display.warn(f"step {details['step']}: {kind}{' (' + words + ')' if words else ''}: {details['cause']}")
+
+        verdict = self.guard.look(event)
+        if not verdict.roll_back and not verdict.fatal:
+            return
+        found = checkpoint.newest(self.folder)
+        step = self.state.step
+        if not verdict.fatal and found is None and self.guard.accept_level(step, event):
+            return
+        if verdict.fatal or found is None:
+            reason = verdict.fatal or f"{verdict.roll_back}, and there is no checkpoint to return to"
+            self.log.event("given up", step=step, cause=reason)
+            kept = f"The newest checkpoint, {found}, is untouched. " if found else "There is no checkpoint yet. "
+            raise NonFiniteError(
+                f"step {step}: {reason}\n{kept}"
+                "A lower train.lr, a longer train.warmup or a smaller train.clip in a new run.dir usually helps"
+            )
+        restored = checkpoint.restore(found, self.task, self.optimizer)
+        self.guard.rolled_back(restored.guard, step, verdict.roll_back)
+        self.state.step = self.saved_step = restored.step
+        self.log.rewind(restored.logs)
+        event("rolled back", step=step, to=restored.step, cause=f"{verdict.roll_back}; the data since then is left out")
+        self.data_moved = True
 
     def _ended(self) -> bool:
         early = self.validation is not None and self.validation.exhausted
@@ -357,16 +442,24 @@ class Trainer:
             step=self.state.step,
             micro_step=self.state.micro_step,
             seconds=self.state.seconds + self.launched.rates()[0],
-            loss=self.state.loss,
+            loss=self._loss(),
             recipe=to_mapping(self.recipe),
             bad=self.budget.state_dict(),
             logs=self.log.sizes(),
             machine=machine(self.device),
             validation=self.validation.record() if self.validation is not None else {},
+            guard=copy.deepcopy(self.guard.state) if self.guard is not None else {},
         )
         path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep)
         self.saved_step = self.state.step
         self.log.event("checkpoint", step=self.state.step, path=str(path.relative_to(self.run_dir)))
+
+    def _loss(self) -> float | None:
+        """Of the last step, read from the device; None when it was no number, or there was none."""
+        if self.last_loss is not None:
+            loss = self.last_loss.item()
+            self.state.loss = loss if math.isfinite(loss) else None
+        return self.state.loss
 
     def _announce(self, display: Display) -> None:
         now, then = machine(self.device), self.state.machine
@@ -393,7 +486,7 @@ class Trainer:
 
     def _result(self, stopped_by: int | None) -> TrainResult:
         seconds, speed, wait_share = self.launched.rates() if self.state.step > self.resumed_from else (0.0, 0.0, 0.0)
-        return TrainResult(self.state.step, seconds, speed, wait_share, self.state.loss, stopped_by, self.resumed_from)
+        return TrainResult(self.state.step, seconds, speed, wait_share, self._loss(), stopped_by, self.resumed_from)
 
 
 def routing_every(config: TrainConfig) -> int:
@@ -407,6 +500,20 @@ def _mean(values: list[dict[str, Tensor]]) -> dict[str, float]:
     device = values[0]["loss"].device
     columns = [torch.stack([v[name].detach().to(device, torch.float64) for v in values if name in v]) for name in names]
     return dict(zip(names, torch.stack([column.mean() for column in columns]).tolist(), strict=True))
+
+
+def sum_over_devices() -> Callable[[Tensor], Tensor] | None:
+    """A sum over all processes of a distributed run, or None when there is one."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+
+    def total(values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    return total
 
 
 def _sum(loads: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -46,6 +46,9 @@ class Display:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True, style="yellow")
+
     def update(self, step: int, loss: float, tokens_per_second: float, wait_share: float) -> None:
         text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {wait_share:.0%} waiting for data"
         if self._bar:

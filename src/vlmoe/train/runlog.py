@@ -118,10 +118,29 @@ class RunLog:
                 if value is not None:
                     self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
-    def routing(self, step: int, load: dict[str, torch.Tensor]) -> None:
-        """load: "block/modality" -> (E,) tokens sent to each expert in this step."""
+    def routing(
+        self, step: int, load: dict[str, torch.Tensor], layers: dict[str, dict[str, float]] | None = None
+    ) -> None:
+        """load: "block/modality" -> (E,) tokens sent to each expert in this step. layers: what `Watch` saw."""
         counts = {name: [round(x, 3) if x % 1 else int(x) for x in load_E.tolist()] for name, load_E in load.items()}
-        self._append(ROUTING, {"step": step, "load": counts})
+        record: dict[str, Any] = {"step": step, "load": counts}
+        if layers:
+            record["layers"] = {
+                name: {key: value if math.isfinite(value) else None for key, value in found.items()}
+                for name, found in layers.items()
+            }
+            with self._tensorboard_errors():
+                for name, found in record["layers"].items():
+                    for key, value in found.items():
+                        if value is not None:
+                            self._tensorboard.add_scalar(f"routing {name}/{key}", value, step)
+        self._append(ROUTING, record)
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        """Cut the logs of a run that goes back to a checkpoint to what they were there; events stay."""
+        for name in (METRICS, ROUTING):
+            self._files[name].flush()
+            cut(self.run_dir / name, sizes.get(name, 0))
 
     def event(self, kind: str, **details: Any) -> None:
         self._append(EVENTS, {"event": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details})

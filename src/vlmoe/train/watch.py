@@ -1,0 +1,109 @@
+"""Instruments: what each router does, looked at every few steps, and a warning in words when something is off."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vlmoe.data.batch import Batch
+from vlmoe.tasks.base import StepOutput, Task
+
+PROBE = 8  # samples of each kind whose choices are compared from look to look
+SATURATED = 0.02  # entropy of a token's gates over log(experts), below which a router no longer weighs
+DROPPED = 0.2
+
+
+class Watch:
+    """One for a launch. Looks are free of random numbers and change nothing."""
+
+    def __init__(self, task: Task, every: int) -> None:
+        self.task, self.every = task, every
+        self.layers = task.routed_layers()
+        self._probe: dict[str, Batch] | None = None
+        self._choices: dict[str, Tensor] = {}
+        self._idle: dict[str, tuple[int, int]] = {}  # layer -> steps of the first look at which experts idled, how many
+
+    def due(self, step: int) -> bool:
+        return bool(self.every and self.layers) and step % self.every == 0
+
+    def see(self, batches: dict[str, Batch]) -> None:
+        """Keep a few samples of the first batches as the probe."""
+        if self._probe is None:
+            self._probe = {kind: _head(batch, PROBE) for kind, batch in batches.items()}
+
+    @torch.no_grad()
+    def look(self, outputs: list[StepOutput]) -> dict[str, dict[str, float]]:
+        """ "block/modality" -> scalars. Call it after backward and before the gradients go."""
+        values: dict[str, dict[str, Tensor]] = {}
+        for name, layer in self.layers.items():
+            seen = [output.layers[name] for output in outputs if name in output.layers]
+            if not seen:
+                continue
+            found = {key: torch.stack([s[key].float() for s in seen]).mean() for key in seen[0]}
+            load_E = torch.stack([output.load[name] for output in outputs if name in output.load]).sum(dim=0).float()
+            found["max_load"] = load_E.max() / load_E.mean().clamp_min(1e-9)
+            found["idle"] = (load_E == 0).float().mean()
+            found["router_gradient"] = _norm(layer.router.parameters())
+            found["expert_gradient"] = _norm(layer.experts.parameters())
+            values[name] = found
+        for name, share in self._churn().items():
+            values.setdefault(name, {})["churn"] = share
+        flat = [(name, key, value) for name, found in values.items() for key, value in found.items()]
+        if not flat:
+            return {}
+        numbers = torch.stack([value.double().reshape(()) for _, _, value in flat]).tolist()
+        result: dict[str, dict[str, float]] = {}
+        for (name, key, _), number in zip(flat, numbers, strict=True):
+            result.setdefault(name, {})[key] = number
+        return result
+
+    def warnings(self, step: int, values: dict[str, dict[str, float]]) -> list[str]:
+        """What is off, in words. Idle experts count when they were idle at the look before as well."""
+        said = []
+        for name, found in values.items():
+            block, modality = name.split("/")
+            where, experts = f"layer {block} {modality}", self.layers[name].num_experts
+            idle = round(found.get("idle", 0.0) * experts)
+            if idle:
+                since, _ = self._idle.get(name, (step, 0))
+                self._idle[name] = (since, idle)
+                if step > since:
+                    said.append(f"{where}: {idle} of {experts} experts idle for {step - since} steps")
+            else:
+                self._idle.pop(name, None)
+            even = experts / self.layers[name].k
+            if experts > 2 and found.get("max_load", 1.0) > 1 + 0.7 * (even - 1) > 1:
+                said.append(f"{where}: one expert serves {found['max_load'] / even:.0%} of the tokens")
+            if "entropy" in found and experts > 1 and found["entropy"] < SATURATED * math.log(experts):
+                said.append(f"{where}: gates are saturated (entropy {found['entropy']:.3f} nats)")
+            if found.get("dropped", 0.0) > DROPPED:
+                said.append(f"{where}: {found['dropped']:.0%} of the choices are dropped for capacity")
+        return said
+
+    def _churn(self) -> dict[str, Tensor]:
+        """Share of the probe's tokens whose first choice has changed since the last look."""
+        if self._probe is None:
+            return {}
+        training = self.task.training
+        self.task.eval()
+        choices = self.task.choices(self._probe)
+        self.task.train(training)
+        before, self._choices = self._choices, choices
+        return {
+            name: ((now != before[name]) & (now >= 0)).float().sum() / (now >= 0).float().sum().clamp_min(1)
+            for name, now in choices.items()
+            if name in before
+        }
+
+
+def _head(batch: Batch, n: int) -> Batch:
+    tensors = {name: value[:n].clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, keys=batch.keys[:n], patch_factors=[], token_factors=[], **tensors)
+
+
+def _norm(parameters: object) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]  # type: ignore[attr-defined]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
