@@ -106,10 +106,11 @@ def collect(runs: Path, seeds: list[int], tasks: list[str]) -> dict[str, Any]:
     return table
 
 
-def cell(score: dict[str, Any] | None) -> str:
+def cell(score: dict[str, Any] | None, digits: int = 1) -> str:
     if score is None:
         return ""
-    return f"{score['mean']:.1f}" + (f" ± {score['half_width']:.1f}" if score["half_width"] else "")
+    half = score["half_width"]
+    return f"{score['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

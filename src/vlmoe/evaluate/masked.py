@@ -137,6 +137,18 @@ def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[s
 
 
 @torch.no_grad()
+def losses(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean cross-entropy, in nats, of hidden words and of hidden patches' codes, hidden as in training; their sum."""
+    sums, counts = Counter[str](), Counter[str]()
+    for batch in batches:
+        for name, (value, count) in model.losses(batch).items():
+            sums[name] += value.item() * int(count)
+            counts[name] += int(count)
+    means = {name: sums[name] / max(counts[name], 1) for name in sums}
+    return means | {"sum": sum(means.values())}
+
+
+@torch.no_grad()
 def expert_use(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, dict[str, Any]]:
     """ "block/modality" -> share of the assignments each expert took, largest over mean load, idle experts."""
     routed = [item for batch in batches for item in model.run(batch).stats.items()]
@@ -159,7 +171,7 @@ def evaluate_masked(
 ) -> dict[str, Any]:
     """All scores of a pre-trained model.
 
-    batches_of(split, kind): held-out batches on the model's device. Returns {"splits": {split: scores}, "experts": …}.
+    batches_of(split, kind): held-out batches on the model's device. "loss" is of pairs. Returns {"splits": {split: scores}, "experts": …}.
     """
     was_training = model.training
     model.eval()
@@ -172,6 +184,7 @@ def evaluate_masked(
             if "pair" in kinds:
                 scores["text"] = text_scores(model, batches_of(split, "pair"))
                 scores["image"] = image_scores(model, batches_of(split, "pair"))
+                scores["loss"] = losses(model, batches_of(split, "pair"))
             if "image" in kinds:
                 scores["image_alone"] = image_scores(model, batches_of(split, "image"))
             report[split] = scores

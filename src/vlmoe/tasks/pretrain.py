@@ -85,6 +85,15 @@ class MaskedDataModelling(Task):
     def choices(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
         return first_choices(item for batch in batches.values() for item in self.run(batch).stats.items())
 
+    def losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """ "mlm", "mim" -> mean loss of one batch and its number of predictions, where the batch has them."""
+        output, found = self.run(batch), {}
+        if batch.text_BT is not None:
+            found["mlm"] = self._mlm(batch, output)[:2]
+        if batch.image_BCHW is not None:
+            found["mim"] = self._mim(batch, output)[:2]
+        return found
+
     def tokens(self, batches: dict[str, Batch]) -> int:
         total = 0
         for batch in batches.values():
