@@ -2,10 +2,11 @@
 
     python benchmarks/routers.py --seeds 0 1 2 --jobs 2 --json benchmarks/results/routers.json
 
-Every variant pre-trains the recipe `demo` (two of eight experts a token, or what costs the same) on the same data in the
-same order. Reported on held-out pairs: loss (hidden words + hidden patches, nats); over the last quarter of training,
-worst layer: largest over mean load, share of dropped choices, tokens no expert served, and churn, the share of a probe's
-tokens that changed expert in 50 steps. Throughput only means something with --jobs 1. Finished runs are not repeated.
+Every variant pre-trains the recipe `demo` (two of eight experts a token, or what costs the same) on the same data in
+the same order. Reported on held-out pairs: loss (hidden words + hidden patches, nats); over the last quarter of
+training, worst layer: largest over mean load, share of dropped choices, tokens no expert served, and churn, the share
+of a probe's tokens that changed expert in 50 steps. Throughput only means something with --jobs 1. Finished runs are
+not repeated.
 """
 
 from __future__ import annotations

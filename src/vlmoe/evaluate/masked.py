@@ -139,11 +139,12 @@ def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[s
 @torch.no_grad()
 def losses(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean cross-entropy, in nats, of hidden words and of hidden patches' codes, hidden as in training; their sum."""
-    sums, counts = Counter[str](), Counter[str]()
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
     for batch in batches:
         for name, (value, count) in model.losses(batch).items():
-            sums[name] += value.item() * int(count)
-            counts[name] += int(count)
+            sums[name] = sums.get(name, 0.0) + value.item() * int(count)
+            counts[name] = counts.get(name, 0) + int(count)
     means = {name: sums[name] / max(counts[name], 1) for name in sums}
     return means | {"sum": sum(means.values())}
 
@@ -171,7 +172,8 @@ def evaluate_masked(
 ) -> dict[str, Any]:
     """All scores of a pre-trained model.
 
-    batches_of(split, kind): held-out batches on the model's device. "loss" is of pairs. Returns {"splits": {split: scores}, "experts": …}.
+    batches_of(split, kind): held-out batches on the model's device. The loss is that of pairs.
+    Returns {"splits": {split: scores}, "experts": …}.
     """
     was_training = model.training
     model.eval()
