@@ -51,6 +51,26 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def stress(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    fault: Annotated[list[str] | None, typer.Option(help="Only this fault, by its name; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; empty: runs/NAME-stress.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put faults into short runs of a recipe, with the autopilot on and off, and compare with the undisturbed run.
+
+    Writes stress.md, stress.json and stress.png. Finished runs in the folder are not repeated.
+    """
+    from vlmoe.study.stress import print_report
+    from vlmoe.study.stress import stress as run
+
+    plan = load_recipe(recipe, overrides)
+    report = run(plan, out or Path("runs") / f"{plan.name}-stress", fault)
+    _print_json(report) if as_json else print_report(report)
+
+
+@app.command()
 def finetune(
     task: TaskName,
     recipe: Annotated[

@@ -97,13 +97,14 @@ def train(
     dataset: Dataset[Step],
     run_dir: str | Path,
     validation: Validation | None = None,
+    disturb: Callable[[Trainer, int], None] | None = None,
 ) -> TrainResult:
     """Train `task` to `train.steps`, or on from the newest checkpoint in `run_dir`.
 
     task: freshly initialised from the recipe's seed; it holds the trained weights afterwards, with a validation those
-    of the best one. dataset: item n is the
-    n-th micro-batch. run_dir: gets checkpoints/, the logs of `runlog`, skipped.jsonl and, at the end, curves.png and
-    routing.png.
+    of the best one. dataset: item n is the n-th micro-batch. disturb: called before each micro-step with its number,
+    to put faults into a run. run_dir: gets checkpoints/, the logs of `runlog`, skipped.jsonl and, at the end,
+    curves.png and routing.png.
 
     Raises:
         UserError: the folder is in use or cannot be written, a checkpoint is damaged or of another recipe, too many
@@ -112,7 +113,7 @@ def train(
     run_dir = Path(run_dir)
     device = pick_device(recipe.train.device)
     with lock_run(run_dir):
-        return Trainer(recipe, task, dataset, run_dir, device, validation).run()
+        return Trainer(recipe, task, dataset, run_dir, device, validation, disturb).run()
 
 
 def pick_device(name: str) -> torch.device:
@@ -166,7 +167,9 @@ class Trainer:
         run_dir: Path,
         device: torch.device,
         validation: Validation | None = None,
+        disturb: Callable[[Trainer, int], None] | None = None,
     ) -> None:
+        self.disturb = disturb
         self.recipe, self.config, self.dataset, self.run_dir = recipe, recipe.train, dataset, run_dir
         self.device = device
         self.dtype = pick_precision(self.config.precision, device)
@@ -292,6 +295,8 @@ class Trainer:
         for i in range(config.accumulate):
             batches = self._next(data)
             self.watch.see(batches)
+            if self.disturb is not None:
+                self.disturb(self, self.state.micro_step + i)
             torch.manual_seed(seed_of(self.recipe.seed, self.state.micro_step + i))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 output = self.task(batches)
