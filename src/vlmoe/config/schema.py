@@ -161,7 +161,7 @@ class GuardConfig:
     every: int = 10  # steps between two looks
     spike: float = 8.0  # an update is held back when the loss is so many robust deviations above its running median
     patience: int = 20  # updates held back in a row before the run is rolled back to its last checkpoint
-    max_roll_backs: int = 3  # in a row, before the run is given up
+    max_roll_backs: int = 3  # without progress, before the run is given up or its higher loss accepted
     dead_after: int = 200  # steps without a token after which an expert is revived
     collapse: float = 0.7  # of the way from even load to one expert for all: there the balance losses are raised
     max_pressure: float = 16.0  # on the balance losses

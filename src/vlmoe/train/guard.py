@@ -26,6 +26,8 @@ from vlmoe.tasks.base import Task
 WINDOW = 64  # losses the running median is taken over
 RECENT = 16  # losses that say where the run is now
 NOISE = 0.05  # of a revived expert's weights, in units of their standard deviation
+RISEN = 0.1  # of the lowest level, by which the recent losses are well above it; and five standard errors
+LOOKS = 3  # in a row at which a layer is found collapsed before the pressure rises: early in training it may be for one
 WITHERED = 1e-3  # an expert whose weights are this small beside the median expert's is dead
 
 Event = Callable[..., None]
@@ -44,11 +46,13 @@ class Memory:
     """What the guard knows of the run, all of it kept in checkpoints."""
 
     losses: list[float] = field(default_factory=list)
-    lowest: float | None = None
+    lowest: float | None = None  # level: the median of the last WINDOW losses
+    spread: float = 0.0  # of the losses when the level was lowest, a robust standard deviation
     held_back: int = 0  # updates in a row, up to now
     roll_backs: int = 0  # since the run last made progress
     best_step: int = 0  # the furthest step it had reached when it last rolled back
     idle: dict[str, list[int]] = field(default_factory=dict)
+    collapsed: dict[str, int] = field(default_factory=dict)
     pressure: dict[str, float] = field(default_factory=dict)
 
 
@@ -122,7 +126,7 @@ class Guard:
         step, self._pending = steps[-1], []
         self.memory.losses = [x for x in self._losses_W.tolist() if not math.isnan(x)]
         self._tend_experts(step, event)
-        verdict = self._judge(step)
+        verdict = self._judge(step, event)
         if not verdict.roll_back and not verdict.fatal:
             self._tend_balance(step, event)
         self._load, self._steps = {}, 0
@@ -148,13 +152,16 @@ class Guard:
         known, lowest = self.memory.losses, self.memory.lowest
         if lowest is None or len(known) < WINDOW:
             return False
-        return _median(known[-RECENT:]) > 1.3 * lowest + 0.1
+        error = 1.25 * self.memory.spread / math.sqrt(RECENT)  # of a median
+        return _median(known[-RECENT:]) > lowest + max(RISEN * abs(lowest), 5 * error)
 
-    def _judge(self, step: int) -> Verdict:
+    def _judge(self, step: int, event: Event) -> Verdict:
         memory, patience = self.memory, self.config.patience
         if len(memory.losses) == WINDOW and not memory.held_back:
             level = _median(memory.losses)
-            memory.lowest = level if memory.lowest is None else min(memory.lowest, level)
+            if memory.lowest is None or level < memory.lowest:
+                memory.lowest = level
+                memory.spread = 1.4826 * _median([abs(x - level) for x in memory.losses])
         if step > memory.best_step:
             memory.roll_backs = 0
         reason = ""
@@ -165,16 +172,19 @@ class Guard:
         if not reason:
             return Verdict()
         if memory.roll_backs >= self.config.max_roll_backs:
+            if memory.held_back < patience:  # a higher loss, but one to train from: perhaps the data are harder now
+                self.accept_level(step, event)
+                return Verdict()
             return Verdict(fatal=f"{reason}, also after {memory.roll_backs} roll-backs")
         return Verdict(roll_back=reason)
 
     def accept_level(self, step: int, event: Event) -> bool:
-        """There is no checkpoint to return to: forget what the loss used to be. False when the weights are damaged."""
+        """Forget what the loss used to be: there is nothing to return to. False when the weights are damaged."""
         if self._damaged():
             return False
         self.memory.losses, self.memory.lowest, self.memory.held_back = [], None, 0
         self._recall()
-        event("level accepted", step=step, cause="no checkpoint to return to; the loss is judged afresh from here")
+        event("level accepted", step=step, cause="nothing to return to; the loss is judged afresh from here")
         return True
 
     def _damaged(self) -> bool:
@@ -242,7 +252,8 @@ class Guard:
             even = layer.k / len(load)
             collapsed = busiest > even + self.config.collapse * (1 - even)
             before = layer.pressure
-            if collapsed:
+            looks = self.memory.collapsed[name] = self.memory.collapsed.get(name, 0) + 1 if collapsed else 0
+            if looks >= LOOKS:
                 layer.pressure = min(2 * before, self.config.max_pressure)
             elif before > 1 and busiest < even + 0.5 * self.config.collapse * (1 - even):
                 layer.pressure = max(before / 2, 1.0)
@@ -250,7 +261,7 @@ class Guard:
             if layer.pressure == 1.0:
                 del self.memory.pressure[name]
             if layer.pressure != before:
-                kind = "pressure raised" if collapsed else "pressure lowered"
+                kind = "pressure raised" if layer.pressure > before else "pressure lowered"
                 cause = f"the busiest expert serves {busiest:.0%} of the tokens"
                 event(kind, step=step, layer=name, pressure=layer.pressure, cause=cause)
 
