@@ -285,7 +285,7 @@ def test_the_balance_loss_can_span_the_accumulated_step(tmp_path: Path) -> None:
     from vlmoe.tasks.base import Span
     from vlmoe.tasks.pretrain import balance_beyond_passes
 
-    probability = torch.tensor([8.0, 0.0], requires_grad=True)
+    probability = torch.tensor([8.0, 0.0])
     first = Span(torch.tensor([8, 0]), probability, torch.tensor(8), 1.0, "step")
     assert float(balance_beyond_passes({"0/text": first}, {})) == 2.0
     assert float(balance_beyond_passes({"0/text": first}, {"0/text": torch.tensor([0, 8])})) == 1.0

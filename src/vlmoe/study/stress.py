@@ -194,7 +194,9 @@ def stress(
                 data = _Changed(data, fault.data)
             error = ""
             try:
-                train(plan, task, data, folder, disturb=fault.disturb if fault else None)
+                done = train(plan, task, data, folder, disturb=fault.disturb if fault else None)
+                if done.stopped_by is not None:  # the same command goes on with this run
+                    raise SystemExit(128 + done.stopped_by)
             except UserError as problem:
                 error = str(problem).splitlines()[0]
             found = {"error": error, "loss": math.nan}
