@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.model.test_sizes import small, sparse
-from vlmoe.config import ModelConfig
+from vlmoe.config import ModelConfig, UserError
 from vlmoe.model import Backbone
 from vlmoe.model.block import DropPath
 from vlmoe.moe import MoELayer, Routing, route
@@ -173,3 +173,12 @@ def test_wrong_inputs_are_named() -> None:
         backbone.text(text(1, 9))
     with pytest.raises(ValueError, match="at least one part"):
         backbone([])
+
+
+@pytest.mark.parametrize("router", ["soft", "expert_choice"])
+def test_routing_that_looks_ahead_cannot_write(router: str) -> None:
+    config = sparse(small())
+    config.text.router.type = router
+    backbone = Backbone(config)
+    with pytest.raises(UserError, match=f"'model.text.router.type' is {router}: its routing looks at later tokens"):
+        backbone([backbone.image(image()), backbone.text(text())], causal="text")

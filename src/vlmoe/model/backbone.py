@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlmoe.config import ModelConfig
+from vlmoe.config import ModelConfig, UserError
 from vlmoe.model.block import Block
 from vlmoe.model.embed import ImageEmbedding, TextEmbedding
 from vlmoe.model.segments import Part, Segment, causal_mask, join
@@ -80,8 +80,8 @@ class Backbone(nn.Module):
     def _check_causal(self, modality: str) -> None:
         side = getattr(self.config, modality)
         if side.sparse != "none" and side.router.type in ("soft", "expert_choice"):
-            raise ValueError(
-                f"model.{modality}.router.type {side.router.type}: its routing looks at later tokens, so this model "
+            raise UserError(
+                f"key 'model.{modality}.router.type' is {side.router.type}: its routing looks at later tokens, so this model "
                 f"cannot write {modality} from left to right"
             )
 

@@ -11,6 +11,7 @@ Shape suffixes: E experts · W losses remembered.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +133,7 @@ class Guard:
         self._load, self._steps = {}, 0
         return verdict
 
-    def rolled_back(self, state: dict[str, Any], step: int, reason: str) -> None:
+    def rolled_back(self, state: dict[str, Any], step: int) -> None:
         """The weights are those of a checkpoint again, whose `state` this is; count that it happened."""
         kept = self.memory
         self.memory = Memory(**state)
@@ -226,7 +227,7 @@ class Guard:
 
     def _revive(self, layer: MoELayer, name: str, step: int, dead: int, donor: int) -> None:
         """The donor's weights and router row with noise, and no history in the optimizer."""
-        generator = torch.Generator().manual_seed(hash((self.seed, step, dead)) % 2**63)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{step}/{name}/{dead}".encode()))
         experts, router = layer.experts, layer.router
         rows = [experts.w1, experts.b1, experts.w2, experts.b2, router.weight]
         for parameter in rows:
@@ -238,8 +239,8 @@ class Guard:
             for moment in self.optimizer.state.get(parameter, {}).values():
                 if torch.is_tensor(moment) and moment.shape == parameter.shape:
                     moment[dead] = 0
-        if layer.router.bias_rate > 0:
-            layer.router.bias_E[dead] = layer.router.bias_E[donor]
+        if router.bias_rate > 0:
+            router.bias_E[dead] = router.bias_E[donor]
 
     # -------------------------------------------------------------------------------------------------------- balance
     def _tend_balance(self, step: int, event: Event) -> None:

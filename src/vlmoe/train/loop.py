@@ -364,7 +364,7 @@ class Trainer:
                 "A lower train.lr, a longer train.warmup or a smaller train.clip in a new run.dir usually helps"
             )
         restored = checkpoint.restore(found, self.task, self.optimizer)
-        self.guard.rolled_back(restored.guard, step, verdict.roll_back)
+        self.guard.rolled_back(restored.guard, step)
         self.state.step = self.saved_step = restored.step
         self.log.rewind(restored.logs)
         event("rolled back", step=step, to=restored.step, cause=f"{verdict.roll_back}; the data since then is left out")
