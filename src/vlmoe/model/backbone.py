@@ -81,8 +81,8 @@ class Backbone(nn.Module):
         side = getattr(self.config, modality)
         if side.sparse != "none" and side.router.type in ("soft", "expert_choice"):
             raise UserError(
-                f"key 'model.{modality}.router.type' is {side.router.type}: its routing looks at later tokens, so this model "
-                f"cannot write {modality} from left to right"
+                f"key 'model.{modality}.router.type' is {side.router.type}: its routing looks at later tokens, "
+                f"so this model cannot write {modality} from left to right"
             )
 
     @torch.no_grad()
