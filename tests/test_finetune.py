@@ -379,6 +379,9 @@ if world > 1:
     dist.all_reduce(weight.grad)
     dist.all_reduce(loss.data)
 torch.save((weight.grad / world, loss.detach() / world), f"{folder}/{world}-{rank}.pt")
+if world > 1:
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 

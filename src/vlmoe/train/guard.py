@@ -28,7 +28,7 @@ WINDOW = 64  # losses the running median is taken over
 RECENT = 16  # losses that say where the run is now
 NOISE = 0.05  # of a revived expert's weights, in units of their standard deviation
 RISEN = 0.1  # of the lowest level, by which the recent losses are well above it; and five standard errors
-LOOKS = 3  # in a row at which a layer is found collapsed before the pressure rises: early in training it may be for one
+LOOKS = 6  # in a row at which a layer is found collapsed before the pressure rises: early in training it may be for two
 WITHERED = 1e-3  # an expert whose weights are this small beside the median expert's is dead
 
 Event = Callable[..., None]
