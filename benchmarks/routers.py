@@ -28,9 +28,9 @@ from moe_layer import machine
 from vlmoe.train.runlog import read_lines
 
 OFF = ["router.balance=0", "router.z=0"]
+FINE = ["granularity=2", "shared_experts=2", "router.k=1"]  # two of 16 halves beside a shared one: the FLOPs of top-2
 VARIANTS: dict[str, list[str]] = {
     "softmax, balance loss": [],
-    "softmax, over the micro-batch": ["router.balance_over=micro"],
     "softmax, no balancing": OFF,
     "softmax, importance and load losses": ["router.balance=0", "router.importance=0.005", "router.load=0.005"],
     "softmax, LIMoE entropies": ["router.balance=0", "router.local_entropy=0.01", "router.global_entropy=0.01"],
@@ -41,7 +41,13 @@ VARIANTS: dict[str, list[str]] = {
     "expert choice": ["router.type=expert_choice"],
     "soft": ["router.type=soft", "router.slots=4"],
     "hash": ["router.type=hash"],
-    "fine-grained, shared expert": ["granularity=2", "shared_experts=2", "router.k=1"],
+    "fine-grained, shared expert": FINE,
+    "fine-grained, shared expert, sigmoid, selection bias": [
+        *FINE,
+        *OFF,
+        "router.type=sigmoid",
+        "router.bias_rate=0.001",
+    ],
 }
 COLUMNS = {"loss": "held-out loss", "max_load": "largest/mean load", "dropped": "dropped, %", "unserved": "unserved, %",
            "churn": "churn, %", "tokens_per_second": "tokens/s"}  # fmt: skip
@@ -71,7 +77,7 @@ def figures(run: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
@@ -81,16 +87,19 @@ def main() -> None:
     threads = 1 if args.jobs > 1 else torch.get_num_threads()
 
     def run(job: tuple[int, str]) -> None:
+        """The first variant trains the seed's visual tokenizer, the others read it."""
         seed, variant = job
-        folder = folder_of(args.runs, variant, seed)
+        folder, first = (folder_of(args.runs, v, seed) for v in (variant, args.variants[0]))
         if not (folder / "eval.json").is_file():
+            tokenizer = [] if folder == first else [f"data.visual_tokenizer.path={first / 'tokenizers'}"]
             vlmoe("pretrain", args.recipe, f"seed={seed}", f"train.steps={args.steps}", f"run.dir={folder}",
-                  "eval.pictures=0", *overrides(VARIANTS[variant]), threads=threads,
+                  "eval.pictures=0", *tokenizer, *overrides(VARIANTS[variant]), threads=threads,
                   log=args.runs / "logs" / f"{folder.name}.txt")  # fmt: skip
         print(folder.name, flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run, [(seed, variant) for seed in args.seeds for variant in args.variants]))
+        list(pool.map(run, [(seed, args.variants[0]) for seed in args.seeds]))
+        list(pool.map(run, [(seed, variant) for seed in args.seeds for variant in args.variants[1:]]))
     rows: dict[str, Any] = {}
     for variant in args.variants:
         each = [figures(folder_of(args.runs, variant, seed)) for seed in args.seeds]

@@ -300,6 +300,7 @@ def test_available_splits_follow_the_dial() -> None:
         ({"languages": ["en", "xx"]}, {}, "data.world.languages.*'xx'.*en, de, fr, es"),
         ({"languages": []}, {}, "data.world.languages"),
         ({"captions_in_text": 1.5}, {}, "data.world.captions_in_text"),
+        ({"said_twice": -0.1}, {}, "data.world.said_twice"),
         ({}, {"split": "test"}, "no split 'test': it has train, val"),
         ({}, {"kind": "video"}, "kind 'video'.*image, text, pair"),
         ({}, {"patch": 7}, "data.world.image_size.*multiple of 7"),

@@ -23,6 +23,7 @@ from vlmoe.data.world.facts import facts_of, state_fact
 from vlmoe.data.world.languages import CATEGORIES
 from vlmoe.data.world.phrases import WORD_CLASSES
 from vlmoe.data.world.scene import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SIZES, Scene, SceneObject, relations
+from vlmoe.data.world.world import BETWEEN
 
 CODES = list(LANGUAGES)
 ENGLISH_PLACES = {LANGUAGES["en"].places[p]: p for p in PLACES}
@@ -275,6 +276,29 @@ def test_share_of_captions_among_texts() -> None:
         world = World(WorldConfig(captions_in_text=share), "text")
         captions = sum(any(s.factors["word_class"] in {"colour", "place"} for s in world[i].spans) for i in range(2000))
         assert abs(captions / 2000 - share) < 0.05
+
+
+def test_a_scene_said_twice_is_the_same_scene() -> None:
+    """The first caption is the one that stands alone without the key; the second names things of the same scene."""
+    once = World(WorldConfig(captions_in_text=1.0), "text")
+    twice = World(WorldConfig(captions_in_text=1.0, said_twice=1.0), "text")
+    reworded = 0
+    for i in range(200):
+        sample, first = twice[i], once.text(i)
+        assert first is not None and sample.text is not None and sample.text.startswith(first + BETWEEN)
+        assert sample.spans[: len(once[i].spans)] == once[i].spans
+        second = len(first + BETWEEN)
+        reworded += sample.text[second:] != first
+        scene = twice.scene(i)
+        known = {"concept": {o.concept.name for o in scene.objects}, "colour": {o.colour for o in scene.objects}}
+        again = [span for span in sample.spans if span.start >= second]
+        assert any("concept" in span.factors for span in again)
+        for span in again:
+            assert all(span.factors[name] in values for name, values in known.items() if name in span.factors)
+            assert sample.text[span.start : span.stop].strip() == sample.text[span.start : span.stop]
+    assert reworded > 150
+    mixed = World(WorldConfig(captions_in_text=1.0, said_twice=0.3), "text")
+    assert abs(sum(BETWEEN in (mixed.text(i) or "") for i in range(2000)) / 2000 - 0.3) < 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------ concepts

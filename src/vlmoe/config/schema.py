@@ -85,6 +85,7 @@ class WorldConfig:
     colours: int = 8
     languages: list[str] = field(default_factory=lambda: ["en"])
     captions_in_text: float = 0.5  # share of text-only samples that describe a scene nobody shows
+    said_twice: float = 0.0  # share of those that describe it twice, in words drawn anew
 
 
 @dataclass

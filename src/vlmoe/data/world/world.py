@@ -17,6 +17,7 @@ from vlmoe.data.world.render import PATCH_FACTORS, patch_factors, render
 from vlmoe.data.world.scene import Scene, SceneMaker
 
 LENGTH = 2**62
+BETWEEN = " . "  # two captions of one scene
 FACTORS = {"patch": PATCH_FACTORS, "span": SPAN_FACTORS}
 
 
@@ -25,7 +26,8 @@ class World:
 
     kind: "image", "text" or "pair". split: "train", or one that shows what training never does (see `scene.SPLITS`).
     patch: pixels; when given, samples with an image carry `patch_factors`. A text is the caption of a scene that
-    nobody shows (a share `captions_in_text` of them) or a fact about a concept. The factors of spans are shared between
+    nobody shows (a share `captions_in_text` of them, a share `said_twice` of these with a second caption of the same
+    scene behind it) or a fact about a concept. The factors of spans are shared between
     samples: read them, do not change them.
 
     Raises:
@@ -44,9 +46,10 @@ class World:
         if unknown or not config.languages:
             wanted = f"at least one of {', '.join(LANGUAGES)}"
             raise RecipeError(f"key 'data.world.languages' got {unknown or config.languages!r}, wanted {wanted}")
-        share = config.captions_in_text
-        if not 0 <= share <= 1:
-            raise RecipeError(f"key 'data.world.captions_in_text' got {share!r}, wanted a share from 0 to 1")
+        for name in ("captions_in_text", "said_twice"):
+            share = getattr(config, name)
+            if not 0 <= share <= 1:
+                raise RecipeError(f"key 'data.world.{name}' got {share!r}, wanted a share from 0 to 1")
         self.config, self.kind, self.split, self.seed, self.patch = config, kind, split, seed, patch
         self._make = SceneMaker(config, split)
 
@@ -88,7 +91,14 @@ class World:
 
     def _say(self, draws: Draws) -> tuple[str, tuple[Span, ...]]:
         if draws.share(self.config.captions_in_text):
-            return self._caption(self._make(draws), draws)
+            scene = self._make(draws)
+            text, spans = self._caption(scene, draws)
+            if self.config.said_twice and draws.share(self.config.said_twice):
+                again, more = self._caption(scene, draws)
+                shift = len(text) + len(BETWEEN)
+                moved = tuple(Span(s.start + shift, s.stop + shift, s.factors) for s in more)
+                return text + BETWEEN + again, spans + moved
+            return text, spans
         concept = draws.choice(self._make.concepts)
         return state_fact(concept, LANGUAGES[draws.choice(self.config.languages)], draws)
 
