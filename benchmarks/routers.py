@@ -3,8 +3,8 @@
     python benchmarks/routers.py --seeds 0 1 2 --jobs 2 --json benchmarks/results/routers.json
 
 Every variant pre-trains the recipe `demo` (two of eight experts a token, or what costs the same) on the same data in
-the same order. Reported on held-out pairs: loss (hidden words + hidden patches, nats); over the last quarter of
-training, worst layer: largest over mean load, share of dropped choices, tokens no expert served, and churn, the share
+the same order. Reported on held-out pairs: loss (hidden words + hidden patches, nats), and its difference to the first
+variant's under the same seed; over the last quarter of training, worst layer: largest over mean load, share of dropped choices, tokens no expert served, and churn, the share
 of a probe's tokens that changed expert in 50 steps. Throughput only means something with --jobs 1. Finished runs are
 not repeated.
 """
@@ -49,7 +49,7 @@ VARIANTS: dict[str, list[str]] = {
         "router.bias_rate=0.001",
     ],
 }
-COLUMNS = {"loss": "held-out loss", "max_load": "largest/mean load", "dropped": "dropped, %", "unserved": "unserved, %",
+COLUMNS = {"loss": "held-out loss", "excess": "over the first, same seed", "max_load": "largest/mean load", "dropped": "dropped, %", "unserved": "unserved, %",
            "churn": "churn, %", "tokens_per_second": "tokens/s"}  # fmt: skip
 
 
@@ -101,15 +101,19 @@ def main() -> None:
         list(pool.map(run, [(seed, args.variants[0]) for seed in args.seeds]))
         list(pool.map(run, [(seed, variant) for seed in args.seeds for variant in args.variants[1:]]))
     rows: dict[str, Any] = {}
+    first: list[float] = []
     for variant in args.variants:
         each = [figures(folder_of(args.runs, variant, seed)) for seed in args.seeds]
+        first = first or [found["loss"] for found in each]
+        for found, loss in zip(each, first, strict=True):
+            found["excess"] = found["loss"] - loss
         rows[variant] = {}
         for key in COLUMNS:
             values = [round(found[key], 4) for found in each]
             mean, half = interval(values)
             rows[variant][key] = {"values": values, "mean": mean, "half_width": half}
     head = ["router, balancing", *COLUMNS.values()]
-    digits = {"loss": 3, "max_load": 2, "tokens_per_second": 0}
+    digits = {"loss": 3, "excess": 3, "max_load": 2, "tokens_per_second": 0}
     print(table(head, [[name, *(cell(row[key], digits.get(key, 1)) for key in COLUMNS)] for name, row in rows.items()]))
     if args.json:
         args.json.write_text(

@@ -206,13 +206,16 @@ def test_an_expert_nobody_chooses_is_revived_and_chosen(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- balance
-def test_pressure_rises_on_collapse_and_falls_when_it_is_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "steering", [{"balance": 0.05}, {"balance": 0.0, "z": 0.0, "router": "sigmoid", "bias_rate": 0.002}]
+)
+def test_pressure_rises_on_collapse_and_falls_when_it_is_over(tmp_path: Path, steering: dict[str, Any]) -> None:
     def collapse(task: SparseToy) -> None:
         with torch.no_grad():
             task.embed.weight[:, 0] = 2.0
-            task.moe.router.weight[:, 0] = torch.tensor([3.0, 0.0, 0.0, 0.0])
+            task.moe.router.weight[:, 0] = torch.tensor([8.0, 0.0, 0.0, 0.0])
 
-    task, events = go(tmp_path, once(0, collapse), steps=400, balance=0.05, train={"guard": {"dead_after": 1000}})
+    task, events = go(tmp_path, once(0, collapse), steps=400, train={"guard": {"dead_after": 1000}}, **steering)
     raised = [e for e in events if e["event"] == "pressure raised"]
     assert raised[0]["layer"] == "0/text"
     assert "of the tokens" in raised[0]["cause"]

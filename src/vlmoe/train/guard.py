@@ -247,7 +247,8 @@ class Guard:
         """Raise the pressure on layers that send nearly everything to one expert, and lower it when they recover."""
         for name, layer in self.layers.items():
             load = self._load[name].tolist() if name in self._load else []
-            if not layer.loss_weights or not sum(load) or len(load) <= layer.k:
+            steered = bool(layer.loss_weights) or layer.router.bias_rate > 0
+            if not steered or not sum(load) or len(load) <= layer.k:
                 continue
             busiest = max(load) / sum(load) * layer.k  # share of tokens that the busiest expert serves: 1 is all
             even = layer.k / len(load)
