@@ -4,9 +4,11 @@
 
 Every variant pre-trains the recipe `demo` (two of eight experts a token, or what costs the same) on the same data in
 the same order. Reported on held-out pairs: loss (hidden words + hidden patches, nats), and its difference to the first
-variant's under the same seed; over the last quarter of training, worst layer: largest over mean load, share of dropped choices, tokens no expert served, and churn, the share
-of a probe's tokens that changed expert in 50 steps. Throughput only means something with --jobs 1. Finished runs are
-not repeated.
+variant's under the same seed. Over the last quarter of training, in the worst layer: largest over mean load, share of
+dropped choices, tokens no expert served, and churn, the share of a probe's tokens that changed expert in 50 steps.
+Throughput is that of training steps (forward, backward, AdamW) in tokens per second of processor time on one thread,
+all variants in turn, before the runs: so it does not depend on what else the machine does. Finished runs are not
+repeated.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import shlex
 import statistics
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,11 @@ import torch
 
 from downstream import cell, interval, table, vlmoe
 from moe_layer import machine
+from vlmoe.config import load_recipe
+from vlmoe.data.loader import StepData
+from vlmoe.data.text_tokenizer import build_text_tokenizer
+from vlmoe.data.visual_tokenizer import VQTokenizer
+from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.train.runlog import read_lines
 
 OFF = ["router.balance=0", "router.z=0"]
@@ -49,8 +57,9 @@ VARIANTS: dict[str, list[str]] = {
         "router.bias_rate=0.001",
     ],
 }
-COLUMNS = {"loss": "held-out loss", "excess": "over the first, same seed", "max_load": "largest/mean load", "dropped": "dropped, %", "unserved": "unserved, %",
-           "churn": "churn, %", "tokens_per_second": "tokens/s"}  # fmt: skip
+COLUMNS = {"loss": "held-out loss", "excess": "over the first's", "max_load": "largest/mean load",
+           "dropped": "dropped, %", "unserved": "unserved, %",
+           "churn": "churn, %", "speed": "tokens/s"}  # fmt: skip
 
 
 def overrides(changes: list[str]) -> list[str]:
@@ -69,8 +78,32 @@ def figures(run: Path) -> dict[str, float]:
     for key, factor in (("max_load", 1.0), ("dropped", 100.0), ("unserved", 100.0), ("churn", 100.0)):
         layers = [[look[name][key] for look in late if key in look[name]] for name in late[-1]]
         found[key] = factor * max((statistics.fmean(values) for values in layers if values), default=float("nan"))
-    metrics = read_lines(run / "metrics.jsonl")
-    found["tokens_per_second"] = statistics.median(record["tokens_per_second"] for record in metrics)
+    return found
+
+
+def speeds(recipe_name: str, variants: list[str], repeats: int = 5, steps: int = 8) -> dict[str, list[float]]:
+    """variant -> tokens per processor second of training steps, one value a repeat."""
+    torch.set_num_threads(1)
+    recipe = load_recipe(recipe_name, ["data.text_tokenizer.samples=2000"])
+    data = StepData(recipe, build_text_tokenizer(recipe))
+    batches = [data[n].batches for n in range(steps)]
+    m, vq = recipe.model, recipe.data.visual_tokenizer
+    visual = VQTokenizer(m.image_size, m.patch, m.codes, vq.dim, vq.width)
+    ready = {}
+    for variant in variants:
+        task = MaskedDataModelling(load_recipe(recipe_name, overrides(VARIANTS[variant])).model, visual)
+        ready[variant] = task, torch.optim.AdamW(task.parameter_groups(0.0), lr=1e-4, fused=True)
+    tokens = sum(ready[variants[0]][0].tokens(batch) for batch in batches)
+    found: dict[str, list[float]] = {variant: [] for variant in variants}
+    for repeat in range(repeats + 1):
+        for variant, (task, optimizer) in ready.items():
+            began = time.process_time()
+            for batch in batches:
+                optimizer.zero_grad()
+                task(batch).loss.backward()
+                optimizer.step()
+            if repeat:  # the first one warms up
+                found[variant].append(round(tokens / (time.process_time() - began), 1))
     return found
 
 
@@ -85,6 +118,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     threads = 1 if args.jobs > 1 else torch.get_num_threads()
+    speed = speeds(args.recipe, args.variants)
 
     def run(job: tuple[int, str]) -> None:
         """The first variant trains the seed's visual tokenizer, the others read it."""
@@ -108,12 +142,17 @@ def main() -> None:
         for found, loss in zip(each, first, strict=True):
             found["excess"] = found["loss"] - loss
         rows[variant] = {}
-        for key in COLUMNS:
+        for key in each[0]:
             values = [round(found[key], 4) for found in each]
             mean, half = interval(values)
             rows[variant][key] = {"values": values, "mean": mean, "half_width": half}
+        rows[variant]["speed"] = {
+            "values": speed[variant],
+            "mean": statistics.median(speed[variant]),
+            "half_width": None,
+        }
     head = ["router, balancing", *COLUMNS.values()]
-    digits = {"loss": 3, "excess": 3, "max_load": 2, "tokens_per_second": 0}
+    digits = {"loss": 3, "excess": 3, "max_load": 2, "speed": 0}
     print(table(head, [[name, *(cell(row[key], digits.get(key, 1)) for key in COLUMNS)] for name, row in rows.items()]))
     if args.json:
         args.json.write_text(
