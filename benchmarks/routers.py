@@ -35,6 +35,7 @@ from vlmoe.data.visual_tokenizer import VQTokenizer
 from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.train.runlog import read_lines
 
+PLAIN = ["granularity=1", "shared_experts=0", "router.k=2"]  # what the variants change, whatever the recipe's default
 OFF = ["router.balance=0", "router.z=0"]
 FINE = ["granularity=2", "shared_experts=2", "router.k=1"]  # two of 16 halves beside a shared one: the FLOPs of top-2
 VARIANTS: dict[str, list[str]] = {
@@ -63,7 +64,7 @@ COLUMNS = {"loss": "held-out loss", "excess": "over the first's", "max_load": "l
 
 
 def overrides(changes: list[str]) -> list[str]:
-    return [f"model.{side}.{change}" for change in changes for side in ("vision", "text")]
+    return [f"model.{side}.{change}" for change in [*PLAIN, *changes] for side in ("vision", "text")]
 
 
 def folder_of(runs: Path, variant: str, seed: int) -> Path:

@@ -28,6 +28,7 @@ from vlmoe.moe import SoftMoELayer
 from vlmoe.tasks.base import StepOutput, Task
 from vlmoe.tasks.pretrain import balance_beyond_passes
 from vlmoe.train import checkpoint
+from vlmoe.train.allocator import keep_freed_memory
 from vlmoe.train.guard import Guard
 from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.progress import Display
@@ -112,6 +113,8 @@ def train(
     """
     run_dir = Path(run_dir)
     device = pick_device(recipe.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with lock_run(run_dir):
         return Trainer(recipe, task, dataset, run_dir, device, validation, disturb).run()
 
