@@ -146,9 +146,11 @@ def tables(tasks: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="small", help="of the pre-training run")
+    parser.add_argument("--pretrain", nargs="+", default=[], metavar="KEY=VALUE", help="changes to that recipe")
     parser.add_argument("--finetune", default="world", help="recipe of the fine-tuning runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS[:4]), choices=VARIANTS[:4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--runs", type=Path, default=Path("runs/downstream"))
     parser.add_argument("--json", type=Path)
@@ -163,7 +165,7 @@ def main() -> None:
     def pretrain(seed: int) -> None:
         folder = args.runs / f"pretrain-{seed}"
         if not (folder / "eval.json").is_file():
-            vlmoe("pretrain", args.recipe, f"seed={seed}", f"run.dir={folder}", threads=threads,
+            vlmoe("pretrain", args.recipe, f"seed={seed}", f"run.dir={folder}", *args.pretrain, threads=threads,
                   log=logs / f"{folder.name}.txt")  # fmt: skip
 
     def finetune(run: tuple[str, str, int, list[str]]) -> None:
@@ -181,7 +183,7 @@ def main() -> None:
             ready[run[2]].result()
             finetune(run)
 
-        list(pool.map(when_ready, plan(args.seeds, args.tasks)))
+        list(pool.map(when_ready, [run for run in plan(args.seeds, args.tasks) if run[1] in args.variants]))
     results = {
         "tasks": collect(args.runs, args.seeds, args.tasks),
         "seeds": args.seeds,

@@ -60,7 +60,7 @@ def judge(run: Path, k: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
@@ -74,7 +74,7 @@ def main() -> None:
 
     def pretrain(folder: Path, *changes: str) -> None:
         log = args.runs / "logs" / f"{folder.name}.txt"
-        vlmoe("pretrain", args.recipe, f"run.dir={folder}", "eval.pictures=0", *changes, threads=threads, log=log)
+        vlmoe("pretrain", args.recipe, f"run.dir={folder}", "eval.pictures=0", "eval.samples=128", *changes, threads=threads, log=log)
 
     tokenizers = args.runs / "tokenizers"
     if not (tokenizers / "eval.json").is_file():
