@@ -74,7 +74,8 @@ def main() -> None:
 
     def pretrain(folder: Path, *changes: str) -> None:
         log = args.runs / "logs" / f"{folder.name}.txt"
-        vlmoe("pretrain", args.recipe, f"run.dir={folder}", "eval.pictures=0", "eval.samples=128", *changes, threads=threads, log=log)
+        vlmoe("pretrain", args.recipe, f"run.dir={folder}", "eval.pictures=0", "eval.samples=128", *changes,
+              threads=threads, log=log)  # fmt: skip
 
     tokenizers = args.runs / "tokenizers"
     if not (tokenizers / "eval.json").is_file():
