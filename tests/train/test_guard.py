@@ -17,6 +17,7 @@ from vlmoe.tasks.pretrain import first_choices, summarise_routing
 from vlmoe.train.checkpoint import steps_in
 from vlmoe.train.loop import NonFiniteError, train
 from vlmoe.train.runlog import EVENTS, METRICS, ROUTING, read_lines
+from vlmoe.train.watch import Watch
 
 Fault = Callable[["SparseToy", int], None]
 
@@ -280,6 +281,23 @@ def test_a_warning_says_what_is_off(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "layer 0 text: 3 of 4 experts idle for 40 steps" in texts
     assert "layer 0 text: one expert serves 100% of the tokens" in texts
     assert "step 40: layer 0 text: 3 of 4 experts idle" in capsys.readouterr().out
+
+
+def test_experts_are_idle_only_when_no_step_used_them() -> None:
+    task = SparseToy()
+    batches = ToyData(batch=16)[0].batches
+    watch = Watch(task, every=2)
+    for loads, said in (
+        ([[9, 9, 0, 0], [9, 0, 9, 0]], ["1 of 4 experts idle for 2 steps"]),
+        ([[9, 0, 9, 0], [9, 0, 9, 0]], ["2 of 4 experts idle for 2 steps"]),
+        ([[9, 0, 9, 0], [9, 9, 9, 0]], ["1 of 4 experts idle for 6 steps"]),
+        ([[1, 1, 1, 0], [0, 0, 0, 1]], []),
+    ):
+        for load in loads:
+            watch.count({"0/text": torch.tensor(load)})
+        values = watch.look([task(batches)])
+        assert values["0/text"]["idle"] == len([x for x in torch.tensor(loads).sum(dim=0) if x == 0]) / 4
+        assert [text.partition(": ")[2] for text in watch.warnings(values) if "idle" in text] == said
 
 
 # ---------------------------------------------------------------------------------------------- balance over the step

@@ -308,6 +308,7 @@ class Trainer:
             outputs.append(replace(output, loss=loss.detach(), spans={}))
             load = _sum([load, output.load])
         grad_norm = clip_gradients(self.task, config.clip)
+        self.watch.count(load)
         watched = self.watch.look(outputs) if self.watch.due(number) else {}
         records = [{"loss": o.loss, "grad_norm": grad_norm, **o.metrics} for o in outputs]
         ok = self._admit(number, records)
@@ -324,7 +325,7 @@ class Trainer:
             self._record(display, {"loss": means.pop("loss"), "lr": rate, **means})
         if load and (watched or last or number % routing_every(config) == 0):
             self.log.routing(number, load, watched)
-            for warning in self.watch.warnings(number, watched):
+            for warning in self.watch.warnings(watched):
                 display.warn(f"step {number}: {warning}")
                 self.log.event("warning", step=number, text=warning)
         if self.guard is not None:

@@ -24,7 +24,9 @@ class Watch:
         self.layers = task.routed_layers()
         self._probe: dict[str, Batch] | None = None
         self._choices: dict[str, Tensor] = {}
-        self._idle: dict[str, tuple[int, int]] = {}  # layer -> steps of the first look at which experts idled, how many
+        self._load: dict[str, Tensor] = {}  # layer -> (E,) choices since the last look, over so many steps:
+        self._steps = 0
+        self._idle: dict[str, list[int]] = {}  # layer -> steps for which each expert has had no token
 
     def due(self, step: int) -> bool:
         return bool(self.every and self.layers) and step % self.every == 0
@@ -33,6 +35,12 @@ class Watch:
         """Keep a few samples of the first batches as the probe."""
         if self._probe is None:
             self._probe = {kind: _head(batch, PROBE) for kind, batch in batches.items()}
+
+    def count(self, load: dict[str, Tensor]) -> None:
+        """Remember a step's choices, "block/modality" -> (E,)."""
+        if self.every:
+            self._steps += 1
+            self._load = {**self._load, **{n: self._load[n] + x if n in self._load else x for n, x in load.items()}}
 
     @torch.no_grad()
     def look(self, outputs: list[StepOutput]) -> dict[str, dict[str, float]]:
@@ -45,12 +53,13 @@ class Watch:
             found = {key: torch.stack([s[key].float() for s in seen]).mean() for key in seen[0]}
             load_E = torch.stack([output.load[name] for output in outputs if name in output.load]).sum(dim=0).float()
             found["max_load"] = load_E.max() / load_E.mean().clamp_min(1e-9)
-            found["idle"] = (load_E == 0).float().mean()
+            found["idle"] = (self._load.get(name, load_E) == 0).float().mean()
             found["router_gradient"] = _norm(layer.router.parameters())
             found["expert_gradient"] = _norm(layer.experts.parameters())
             values[name] = found
         for name, share in self._churn().items():
             values.setdefault(name, {})["churn"] = share
+        self._count_idle()
         flat = [(name, key, value) for name, found in values.items() for key, value in found.items()]
         if not flat:
             return {}
@@ -60,20 +69,15 @@ class Watch:
             result.setdefault(name, {})[key] = number
         return result
 
-    def warnings(self, step: int, values: dict[str, dict[str, float]]) -> list[str]:
-        """What is off, in words. Idle experts count when they were idle at the look before as well."""
+    def warnings(self, values: dict[str, dict[str, float]]) -> list[str]:
+        """What is off, in words."""
         said = []
         for name, found in values.items():
             block, modality = name.split("/")
             where, experts = f"layer {block} {modality}", self.layers[name].num_experts
-            idle = round(found.get("idle", 0.0) * experts)
+            idle = [steps for steps in self._idle.get(name, []) if steps]
             if idle:
-                since, _ = self._idle.get(name, (step, 0))
-                self._idle[name] = (since, idle)
-                if step > since:
-                    said.append(f"{where}: {idle} of {experts} experts idle for {step - since} steps")
-            else:
-                self._idle.pop(name, None)
+                said.append(f"{where}: {len(idle)} of {experts} experts idle for {min(idle)} steps")
             even = experts / self.layers[name].k
             if experts > 2 and found.get("max_load", 1.0) > 1 + 0.7 * (even - 1) > 1:
                 said.append(f"{where}: one expert serves {found['max_load'] / even:.0%} of the tokens")
@@ -82,6 +86,13 @@ class Watch:
             if found.get("dropped", 0.0) > DROPPED:
                 said.append(f"{where}: {found['dropped']:.0%} of the choices are dropped for capacity")
         return said
+
+    def _count_idle(self) -> None:
+        for name, load_E in self._load.items():
+            before = self._idle.get(name, [0] * len(load_E))
+            counts = zip(load_E.tolist(), before, strict=True)
+            self._idle[name] = [0 if load else steps + self._steps for load, steps in counts]
+        self._load, self._steps = {}, 0
 
     def _churn(self) -> dict[str, Tensor]:
         """Share of the probe's tokens whose first choice has changed since the last look."""
