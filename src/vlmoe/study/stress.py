@@ -31,7 +31,8 @@ from vlmoe.train.runlog import EVENTS, METRICS, read_lines
 
 TABLE, REPORT, PICTURE = "stress.md", "stress.json", "stress.png"
 RECOVERED = 1.05  # of the undisturbed run's loss, both as running medians
-WINDOW = 16  # steps of these medians
+WINDOW = 48  # steps of these medians; after a roll-back the data are others, and shorter ones differ by 5% by chance
+DRAWN = 16  # steps of the medians in the picture
 Disturb = Callable[[Trainer, int], None]
 ChangeData = Callable[[Step, int], Step]
 
@@ -332,5 +333,5 @@ def draw(report: dict[str, Any], out: Path) -> Path:
 def _smooth(points: dict[int, float]) -> tuple[list[int], list[float]]:
     steps = sorted(points)
     return steps, [
-        statistics.median(points[s] for s in steps[max(0, i - WINDOW + 1) : i + 1]) for i in range(len(steps))
+        statistics.median(points[s] for s in steps[max(0, i - DRAWN + 1) : i + 1]) for i in range(len(steps))
     ]
