@@ -16,8 +16,9 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"model", "data", "moe", "metrics"},
     "train": {"tasks", "data", "model", "moe"},
     "evaluate": {"tasks", "data", "model", "moe", "metrics"},
+    "interpret": {"train", "evaluate", "tasks", "data", "model", "moe"},
     "study": {"train", "evaluate", "tasks", "data", "model", "moe"},
-    "cli": {"study", "train", "evaluate", "tasks", "data", "model", "moe"},
+    "cli": {"interpret", "study", "train", "evaluate", "tasks", "data", "model", "moe"},
     "__init__": {"tasks"},  # the public name `vlmoe.load`
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmoe.config import TASKS, Recipe, UserError, init_of, load_finetune, load_recipe, recipe_names
+from vlmoe.study.declare import load_study, study_names
 
 app = typer.Typer(
     name="vlmoe",
@@ -157,15 +158,128 @@ def predict(
 
 
 @app.command()
-def info(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
-    """What a recipe's model weighs and costs, before anything runs."""
-    from vlmoe.model import describe, sizes
+def report(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder.")] = None,
+    compare: Annotated[Path | None, typer.Option(metavar="RUN", help="A second run, to set beside the first.")] = None,
+    hf: Annotated[
+        Path | None, typer.Option("--hf", metavar="PATH", help="In place of a run: the folder of a transformers model.")
+    ] = None,
+    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="With --hf: texts, one on a line.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --hf: an image for each text, in the order of their names.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page to write; default: RUN/report.html.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Held-out samples of each kind of data, or texts, to measure on; default: 256.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What each expert does, as one HTML file to open in a browser, offline.
+
+    Which tokens it takes, what breaks without it, paths through the layers, balance over training. Takes every expert
+    away once, so it runs the held-out data once for each. Prints the page's path, or with --json the findings.
+    """
+    from vlmoe.interpret.report.command import report as make
+
+    found, page = make(run, compare=compare, hf=hf, texts=texts, images=images, out=out, samples=samples, device=device)
+    if as_json:
+        _print_json(found[0] if len(found) == 1 else {"a": found[0], "b": found[1]})
+    else:
+        print(page)
+
+
+@app.command()
+def info(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(help="That share a step; data.batch is what each of them gets.")] = 1,
+    shard: Annotated[bool, typer.Option(help="Cut weights, gradients and moments over the devices (FSDP).")] = False,
+    expert_devices: Annotated[int, typer.Option(help="Of the devices, so many hold different experts.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """What a recipe's model weighs and a training step costs, before anything runs.
+
+    Parameters in all and per token; FLOPs by part, forward and backward, per token and per sample; memory on a device
+    for the recipe's batch (data.batch), precision (train.precision; auto counts as fp32) and model.recompute.
+    """
+    from vlmoe.model import Sharding, account, describe_account
 
     plan: Recipe = load_recipe(recipe, overrides)
+    found = account(plan, sharding=Sharding(devices, shard, expert_devices))
     if as_json:
-        _print_json({"recipe": plan.name, **sizes(plan.model).as_dict()})
+        _print_json({"recipe": plan.name, **found.as_dict()})
     else:
-        print(describe(plan.name, plan.model))
+        print(describe_account(plan.name, plan, found))
+
+
+@app.command()
+def study(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="STUDY", help=f"A packaged study ({', '.join(study_names())}) or a YAML file's path."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example seeds=[0] jobs=1.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The study's folder; default: runs/STUDY.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the runs and the expected time; train the tokenizers, nothing else.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Do failed runs again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Dense against sparse models at equal compute: runs, table, frontier, compute saved, scaling law, one HTML page.
+
+    Shows the runs and the expected time first. Obeys the study's budget (budget.hours on the clock, budget.flops of
+    training) over all launches. Stopped or killed, the same command goes on where it was; finished runs are not
+    repeated; a failed one is recorded and the others go on. docs/fair-comparison.md says what is held equal.
+    """
+    from vlmoe.study.run import study as run
+
+    declared = load_study(recipe, overrides)
+    report = run(declared, out or Path("runs") / f"study-{declared.name}", dry_run=dry_run, retry=retry)
+    if report is not None and as_json:
+        _print_json(report)
+
+
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Overrides of the study's recipe: data.batch.pair=256 train.precision=bf16."
+        ),
+    ] = None,
+    flops: Annotated[str, typer.Option(metavar="NUMBER", help="Training FLOPs to spend, for example 1e18.")] = "",
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Of a device, for example 80GB or 64GiB.")] = "",
+    study: Annotated[Path | None, typer.Option(metavar="DIR", help="A study's folder or its study.json.")] = None,
+    devices: Annotated[int, typer.Option(help="That share a step; data.batch is what each of them gets.")] = 1,
+    shard: Annotated[bool, typer.Option(help="Cut weights, gradients and moments over the devices (FSDP).")] = False,
+    flops_per_second: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER", help="What a device sustains in training; default: what the study measured."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The model to train with given FLOPs and memory: predicted loss with its interval, time, alternatives.
+
+    Judged by the scaling law of a study (`vlmoe study`). Says when it extrapolates beyond the study's runs.
+    """
+    from vlmoe.study.plan import make_plan, parse_size, print_plan, read_report
+
+    for option, value in (("--flops", flops), ("--memory", memory), ("--study", study)):
+        if not value:
+            raise UserError(f"{option} is missing: vlmoe plan --flops 1e18 --memory 80GB --study runs/study-world")
+    assert study is not None
+    speed = None if flops_per_second is None else parse_size(flops_per_second, "--flops-per-second")
+    found = make_plan(
+        read_report(study), parse_size(flops, "--flops"), parse_size(memory, "--memory"), overrides or [],
+        devices=devices, shard=shard, flops_per_second=speed,
+    )  # fmt: skip
+    _print_json(found) if as_json else print_plan(found)
 
 
 @data_app.command("make")

@@ -44,6 +44,7 @@ class ModalityConfig:
 
     sparse: str = "none"  # none, all, odd (every other block, starting with the second), even, last, or "1,3,5"
     experts: int = 8
+    expert_size: float = 1.0  # hidden units of an expert, before it is split, over the dense layer's
     granularity: int = 1  # m: experts split into m times as many of 1/m the hidden size, of which a token takes m * k
     shared_experts: int = 0  # so many experts more that serve every token, of the split size (DeepSeekMoE)
     expert_dropout: float = 0.0  # of the experts' hidden units, in training (ST-MoE)

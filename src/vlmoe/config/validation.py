@@ -38,8 +38,9 @@ def _model(m: ModelConfig, need: Need) -> None:
     need(0 <= m.vl_ffn <= m.depth, "model.vl_ffn", m.vl_ffn, f"0 to model.depth ({m.depth})")
     need(0 <= m.drop_path < 1, "model.drop_path", m.drop_path, "a share from 0 to below 1")
     need(m.common_experts >= 0, "model.common_experts", m.common_experts, "a number not below 0")
-    need(m.common_experts == 0 or m.vision.granularity == m.text.granularity, "model.common_experts", m.common_experts,
-         "0, because experts of different granularity cannot be common")  # fmt: skip
+    alike = all(getattr(m.vision, f) == getattr(m.text, f) for f in ("granularity", "expert_size"))
+    need(m.common_experts == 0 or alike, "model.common_experts", m.common_experts,
+         "0, because experts of different granularity or size cannot be common")  # fmt: skip
     for name, side in (("vision", m.vision), ("text", m.text)):
         router, key = side.router, f"model.{name}.router"
         try:
@@ -51,9 +52,10 @@ def _model(m: ModelConfig, need: Need) -> None:
         for f in ("granularity", "shared_experts"):
             low = 1 if f == "granularity" else 0
             need(getattr(side, f) >= low, f"model.{name}.{f}", getattr(side, f), f"a number not below {low}")
-        m_ = side.granularity
-        need(int(m.width * m.mlp_ratio) % m_ == 0, f"model.{name}.granularity", m_,
-             f"a divisor of the hidden size ({int(m.width * m.mlp_ratio)})")  # fmt: skip
+        need(side.expert_size > 0, f"model.{name}.expert_size", side.expert_size, "a positive number")
+        m_, hidden = side.granularity, round(int(m.width * m.mlp_ratio) * side.expert_size)
+        need(hidden > 0 and hidden % m_ == 0, f"model.{name}.granularity", m_,
+             f"a divisor of the hidden size ({hidden})")  # fmt: skip
         types = ("softmax", "sigmoid", "cosine", "expert_choice", "hash", "soft")
         need(router.type in types, f"{key}.type", router.type, ", ".join(types))
         need(1 <= router.k <= side.experts + m.common_experts, f"{key}.k", router.k,

@@ -60,9 +60,10 @@ class Backbone(nn.Module):
         stats: dict[str, RoutingStats] = {}
         for index, block in enumerate(self.blocks):
             if self.config.recompute and self.training and torch.is_grad_enabled():
-                x_BTD, routed = checkpoint(
-                    block, x_BTD, valid_BT, mask, segments, use_reentrant=False, context_fn=replay_context_fn
-                )
+                with _uncached_autocast(x_BTD.device.type):
+                    x_BTD, routed = checkpoint(
+                        block, x_BTD, valid_BT, mask, segments, use_reentrant=False, context_fn=replay_context_fn
+                    )
             else:
                 x_BTD, routed = block(x_BTD, valid_BT, mask, segments)
             stats |= {f"{index}/{modality}": s for modality, s in routed.items()}
@@ -110,3 +111,10 @@ class Backbone(nn.Module):
             for name, parameter in block.named_parameters():
                 if name.endswith(".w2") or (".out." in name and name.endswith("weight")):
                     parameter.div_((2.0 * number) ** 0.5)
+
+
+def _uncached_autocast(device: str) -> torch.autocast:
+    """The autocast that is on, without its cache of converted weights: a block's second run must convert what its first
+    did, and in a step's later passes the first would find the cache full, the second empty."""
+    on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, enabled=on, cache_enabled=False)

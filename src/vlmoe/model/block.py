@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from vlmoe.config import ModalityConfig, ModelConfig, sparse_blocks
 from vlmoe.model.attention import SelfAttention
+from vlmoe.model.parameters import expert_hidden, has_common, hidden_size
 from vlmoe.model.segments import Segment
-from vlmoe.model.sizes import has_common, hidden_size
 from vlmoe.moe import Experts, FeedForward, MoELayer, RoutingStats, SoftMoELayer
 
 MODALITIES = ("vision", "text")
@@ -96,7 +96,7 @@ def _layer(config: ModelConfig, side: ModalityConfig, index: int) -> FeedForward
     if index not in sparse_blocks(side.sparse, config.depth):
         return _dense(config)
     common = config.common_experts if has_common(config, index) else 0
-    return make_layer(config.width, hidden_size(config), config.activation, config.sub_ln, side, common)
+    return make_layer(config.width, expert_hidden(config, side), config.activation, config.sub_ln, side, common)
 
 
 def make_layer(
@@ -115,6 +115,6 @@ def make_layer(
 def _common_experts(config: ModelConfig) -> Experts:
     side = config.vision
     return Experts(
-        config.width, hidden_size(config) // side.granularity, side.granularity * config.common_experts,
+        config.width, expert_hidden(config, side) // side.granularity, side.granularity * config.common_experts,
         config.activation, inner_norm=config.sub_ln, dropout=side.expert_dropout, backend=side.router.backend,
     )  # fmt: skip

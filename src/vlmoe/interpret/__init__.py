@@ -1,0 +1,1 @@
+"""See what each expert does, and test that it is the cause."""

@@ -1,0 +1,236 @@
+"""What a study compares, read from YAML: a grid of dense and sparse models, run lengths, seeds and a budget.
+
+Every axis of a `Grid` may be a list; the grid is the product of all of them. Reading is strict: an unknown key or an
+impossible value is a `UserError` that names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmoe.config import TASKS, UserError
+
+AXES = ("width", "depth", "experts", "k", "granularity", "shared", "expert_size", "placement", "layers")
+PLACEMENTS = ("vision", "text", "both")
+EQUAL = "equal"
+
+
+class StudyError(UserError):
+    """A study that cannot be done as declared; the message names the key."""
+
+
+@dataclass
+class Grid:
+    """Models. An axis that is not given stays as the recipe has it; of a sparse model, k, granularity and shared are 1,
+    1 and 0 then, and the rest what stands here.
+
+    width, depth: of the model. experts, k, granularity, shared (experts): of each sparse layer, see `ModalityConfig`.
+    expert_size: over the dense layer's; "equal": such that a token's hidden units are those of the dense layer.
+    placement: sparse for vision, text or both. layers: a `sparse` pattern, for example all, odd or last.
+    steps, seeds: instead of the study's. set: overrides of the recipe for these models.
+    """
+
+    name: str = ""  # empty: made of the axes
+    width: Any = None
+    depth: Any = None
+    experts: Any = 8
+    k: Any = 1
+    granularity: Any = 1
+    shared: Any = 0
+    expert_size: Any = EQUAL
+    placement: Any = "both"
+    layers: Any = "odd"
+    steps: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    set: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Sweep:
+    """A small search for each side's learning rate, at a small scale. The best rate is carried to a model of another
+    width by `rate * (width / sweep's width) ** width_power`. No rates: everything trains with the recipe's."""
+
+    rates: list[float] = field(default_factory=list)
+    steps: int = 0
+    seeds: list[int] = field(default_factory=lambda: [0])
+    dense: Grid = field(default_factory=Grid)
+    sparse: Grid = field(default_factory=Grid)
+    width_power: float = -0.5
+
+
+@dataclass
+class Downstream:
+    """Fine-tuning of chosen models, each at its longest run: names of variants, or "ablation" for its four."""
+
+    tasks: list[str] = field(default_factory=list)
+    recipe: str = "world"
+    models: list[str] = field(default_factory=list)
+    set: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Budget:
+    """What a study may use, over all its launches. hours: on the clock. flops: of training. None: no limit."""
+
+    hours: float | None = None
+    flops: float | None = None
+
+
+@dataclass
+class Study:
+    """equal: "per_token": every sparse model must cost what the dense one of its width and depth costs per token,
+    within `tolerance`, and all train for the same steps. "total": every model trains for as many steps as give the
+    total FLOPs of `reference` after each of `steps`. "steps": the same steps, whatever they cost. reference: a dense
+    model's name; empty: the first. jobs: runs at a time, each with one thread."""
+
+    name: str = ""
+    about: str = ""
+    recipe: str = "demo"
+    set: list[str] = field(default_factory=list)
+    equal: str = "per_token"
+    tolerance: float = 0.05
+    reference: str = ""
+    steps: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    dense: list[Grid] = field(default_factory=list)
+    sparse: list[Grid] = field(default_factory=list)
+    ablation: Grid | None = None
+    sweep: Sweep = field(default_factory=Sweep)
+    downstream: Downstream = field(default_factory=Downstream)
+    budget: Budget = field(default_factory=Budget)
+    jobs: int = 1
+
+
+def study_names() -> list[str]:
+    """Names of the packaged studies."""
+    folder = resources.files("vlmoe.recipes") / "study"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_study(study: str, overrides: list[str] | None = None) -> Study:
+    """Read a packaged study by name or a YAML file by path, then apply `key=value` overrides.
+
+    Raises StudyError: no such study, unreadable YAML, unknown key, impossible value.
+    """
+    text, name = _read(study)
+    try:
+        given = OmegaConf.create(text)
+    except Exception as error:
+        raise StudyError(f"study {study}: not valid YAML: {error}") from None
+    if not isinstance(given, DictConfig):
+        raise StudyError(f"study {study}: expected a mapping of keys at the top, got {type(given).__name__}")
+    for override in overrides or []:
+        key, sep, value = override.partition("=")
+        if not sep or not key:
+            raise StudyError(f"override '{override}': expected key=value, for example jobs=2")
+        try:
+            OmegaConf.update(given, key, OmegaConf.create(f"v: {value}").v if value else "", merge=True)
+        except Exception as error:
+            raise StudyError(f"override '{override}': {str(error).splitlines()[0]}") from None
+    mapping: Any = OmegaConf.to_container(given)
+    _check_keys(mapping, Study, "", study)
+    try:
+        found: Study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), mapping))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise StudyError(f"study {study}: key '{error.full_key}': {str(error).splitlines()[0]}") from None
+    found.name = found.name or name
+    _check(found, study)
+    return found
+
+
+def to_mapping(study: Study) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(study))  # type: ignore[return-value]
+
+
+def members(grid: Grid, axes: tuple[str, ...] = AXES) -> Iterator[Grid]:
+    """Every model of a grid: one `Grid` each, whose axes are single values. A name that stands for several models gets
+    the axes that tell them apart."""
+    values = {a: v if isinstance(v := getattr(grid, a), list) else [v] for a in axes}
+    varied = [axis for axis in axes if len(values[axis]) > 1]
+    for point in itertools.product(*values.values()):
+        chosen = dict(zip(values, point, strict=True))
+        suffix = "".join(f"-{LABELS[axis]}{chosen[axis]}" for axis in varied)
+        yield replace(grid, **chosen, name=grid.name + suffix if grid.name else "")
+
+
+LABELS = {
+    "width": "w", "depth": "d", "experts": "e", "k": "k", "granularity": "g", "shared": "s", "expert_size": "h",
+    "placement": "", "layers": "",
+}  # fmt: skip
+
+
+def _read(study: str) -> tuple[str, str]:
+    packaged = resources.files("vlmoe.recipes") / "study" / f"{study}.yaml"
+    if "/" not in study and packaged.is_file():
+        return packaged.read_text(encoding="utf-8"), study
+    path = Path(study)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), path.stem
+        except (OSError, UnicodeDecodeError) as error:
+            raise StudyError(f"study {study}: cannot be read: {error}") from None
+    names = study_names()
+    close = difflib.get_close_matches(study, names, n=1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise StudyError(f"no study '{study}': {hint}packaged studies are {', '.join(names)}; or give a .yaml file's path")
+
+
+GROUPS: dict[str, Any] = {
+    "dense": Grid, "sparse": Grid, "ablation": Grid, "sweep": Sweep, "downstream": Downstream, "budget": Budget,
+}  # fmt: skip
+
+
+def _check_keys(given: Any, schema: type, prefix: str, origin: str) -> None:
+    if not isinstance(given, dict):
+        raise StudyError(f"study {origin}: key '{prefix.rstrip('.')}' got {given!r}, wanted a group of keys")
+    known = [f.name for f in fields(schema)]
+    for key, value in given.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known here: {', '.join(known)}"
+            raise StudyError(f"study {origin}: unknown key '{prefix}{key}': {hint}")
+        if key in GROUPS and value is not None:
+            for i, item in enumerate(value if isinstance(value, list) else [value]):
+                _check_keys(item, GROUPS[key], f"{prefix}{key}{f'[{i}]' if isinstance(value, list) else ''}.", origin)
+
+
+def _check(study: Study, origin: str) -> None:
+    def need(ok: bool, key: str, value: Any, wanted: str) -> None:
+        if not ok:
+            raise StudyError(f"study {origin}: key '{key}' got {value!r}, wanted {wanted}")
+
+    need(bool(study.dense), "dense", study.dense, "at least one dense model to compare with")
+    need(study.equal in {"per_token", "total", "steps"}, "equal", study.equal, "per_token, total or steps")
+    need(study.tolerance > 0, "tolerance", study.tolerance, "a share above 0, for example 0.05")
+    need(bool(study.steps) and min(study.steps) > 0, "steps", study.steps, "run lengths, for example [300, 600, 1200]")
+    need(bool(study.seeds), "seeds", study.seeds, "at least one seed")
+    need(study.jobs >= 1, "jobs", study.jobs, "a positive number")
+    for f in ("hours", "flops"):
+        value = getattr(study.budget, f)
+        need(value is None or value > 0, f"budget.{f}", value, "a positive number, or null for no limit")
+    grids = [(f"{side}[{i}]", g) for side in ("dense", "sparse") for i, g in enumerate(getattr(study, side))]
+    grids += [("ablation", study.ablation)] if study.ablation else []
+    if study.sweep.rates:
+        need(min(study.sweep.rates) > 0, "sweep.rates", study.sweep.rates, "positive learning rates")
+        need(study.sweep.steps > 0, "sweep.steps", study.sweep.steps, "a positive number")
+        grids += [("sweep.dense", study.sweep.dense), ("sweep.sparse", study.sweep.sparse)]
+    for key, grid in grids:
+        for one in members(grid):
+            need(one.placement in PLACEMENTS, f"{key}.placement", one.placement, ", ".join(PLACEMENTS))
+            need(one.expert_size == EQUAL or isinstance(one.expert_size, (int, float)), f"{key}.expert_size",
+                 one.expert_size, f"a number, or '{EQUAL}'")  # fmt: skip
+            for axis in ("width", "depth", "experts", "k", "granularity", "shared"):
+                value = getattr(one, axis)
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                need(whole or (value is None and axis in ("width", "depth")), f"{key}.{axis}", value, "a whole number")
+    for task in study.downstream.tasks:
+        need(task in TASKS, "downstream.tasks", task, ", ".join(TASKS))

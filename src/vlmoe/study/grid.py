@@ -1,0 +1,274 @@
+"""From a declared study to models and runs: recipes, equal compute, the order of work."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vlmoe.config import ModelConfig, Recipe, load_recipe, to_mapping
+from vlmoe.model.accounting import Account, account
+from vlmoe.model.flops import Shape
+from vlmoe.model.parameters import hidden_size
+from vlmoe.study.declare import EQUAL, Grid, Study, StudyError, members
+
+SIDES = ("vision", "text")
+ABLATION = ("dense", "text", "vision", "both")
+
+
+@dataclass
+class Model:
+    """One column of the comparison. settings: what tells it apart. twin: the dense model it is compared with, itself
+    for a dense one. recipe: but for seed, steps, learning rate and folder. fixed_rate: its own learning rate, which no
+    sweep changes."""
+
+    name: str
+    side: str
+    settings: dict[str, Any]
+    recipe: Recipe
+    steps: list[int]
+    seeds: list[int]
+    twin: str = ""
+    fixed_rate: bool = False
+    account: Account | None = None
+
+    @property
+    def cost(self) -> Account:
+        assert self.account is not None, f"{self.name}: not accounted yet"
+        return self.account
+
+
+@dataclass(frozen=True)
+class Run:
+    """rate: learning rate; None: known when the sweep is done. tokens, flops: of its training, padding not counted in
+    the tokens; flops include what padding costs."""
+
+    id: str
+    stage: str  # sweep, main
+    model: str
+    side: str
+    seed: int
+    steps: int
+    rate: float | None
+    tokens: float
+    flops: float
+
+
+@dataclass
+class Plan:
+    """models: by name, those of the sweep apart. ablation: row -> model. runs: in the order in which they are begun."""
+
+    study: Study
+    models: dict[str, Model]
+    sweep: dict[str, Model]
+    ablation: dict[str, str]
+    runs: list[Run] = field(default_factory=list)
+
+    def model(self, run: Run) -> Model:
+        return (self.sweep if run.stage == "sweep" else self.models)[run.model]
+
+
+def make_plan(study: Study) -> Plan:
+    """The models of a study. Raises StudyError or RecipeError where one cannot be built."""
+    plan = Plan(study, {}, {}, {})
+    for grid in study.dense:
+        for one in members(grid, ("width", "depth")):
+            _add(plan.models, _model(study, one, "dense"))
+    dense = list(plan.models.values())
+    for grid in study.sparse:
+        for one in members(grid):
+            _add(plan.models, _model(study, one, "sparse"))
+    if study.ablation is not None:
+        plan.ablation = _ablation(plan, study.ablation)
+    reference = study.reference or dense[0].name
+    if reference not in plan.models or plan.models[reference].side != "dense":
+        names = ", ".join(m.name for m in dense)
+        raise StudyError(f"key 'reference' got {study.reference!r}, wanted a dense model of the study: {names}")
+    for model in plan.models.values():
+        model.twin = _twin(study, model, dense, reference)
+    if study.sweep.rates:
+        for side in ("dense", "sparse"):
+            model = _model(study, next(members(getattr(study.sweep, side))), side)
+            plan.sweep[side] = replace(model, name=f"sweep-{side}", steps=[study.sweep.steps], seeds=study.sweep.seeds)
+    return plan
+
+
+def _model(study: Study, grid: Grid, side: str) -> Model:
+    base = load_recipe(study.recipe, study.set)
+    m = base.model
+    width, depth = grid.width or m.width, grid.depth or m.depth
+    changes = [f"model.width={width}", f"model.depth={depth}"]
+    if width != m.width and width * m.heads % m.width == 0:  # heads of the same width
+        changes.append(f"model.heads={width * m.heads // m.width}")
+    settings: dict[str, Any] = {"width": width, "depth": depth}
+    if side == "dense":
+        changes += [f"model.{s}.sparse=none" for s in SIDES]
+    else:
+        size = _expert_size(grid, replace(m, width=width))
+        for s in SIDES:
+            on = grid.placement in (s, "both")
+            changes += [
+                f"model.{s}.sparse={grid.layers if on else 'none'}", f"model.{s}.experts={grid.experts}",
+                f"model.{s}.router.k={grid.k}", f"model.{s}.granularity={grid.granularity}",
+                f"model.{s}.shared_experts={grid.shared}", f"model.{s}.expert_size={size!r}",
+            ]  # fmt: skip
+            if grid.k * grid.granularity == 1:  # one gate divided by itself is 1: the router would learn nothing
+                changes.append(f"model.{s}.router.renormalize=false")
+        settings |= {a: getattr(grid, a) for a in ("experts", "k", "granularity", "shared", "placement", "layers")}
+        settings["expert_size"] = size
+    recipe = load_recipe(study.recipe, [*study.set, *changes, *grid.set])
+    fixed = any(change.startswith("train.lr=") for change in grid.set)
+    return Model(
+        grid.name or _name(side, settings), side, settings, recipe, list(grid.steps or study.steps),
+        list(grid.seeds or study.seeds), fixed_rate=fixed,
+    )  # fmt: skip
+
+
+def _expert_size(grid: Grid, config: ModelConfig) -> float:
+    """With "equal": m / (m k + s), so that m k chosen experts and s shared ones together are as wide as the dense
+    layer."""
+    if grid.expert_size != EQUAL:
+        return float(grid.expert_size)
+    hidden, parts = hidden_size(config), grid.granularity * grid.k + grid.shared
+    if hidden % parts:
+        raise StudyError(
+            f"experts of equal compute: a dense layer of {hidden} hidden units cannot be cut into {parts} equal parts "
+            f"(granularity {grid.granularity} x k {grid.k} + {grid.shared} shared); choose others, or give expert_size"
+        )
+    return grid.granularity / parts
+
+
+def _name(side: str, s: dict[str, Any]) -> str:
+    if side == "dense":
+        return f"dense-w{s['width']}-d{s['depth']}"
+    fine = f"-g{s['granularity']}" if s["granularity"] > 1 else ""
+    shared = f"-s{s['shared']}" if s["shared"] else ""
+    where = {"both": "", "vision": "-vision", "text": "-text"}[s["placement"]]
+    layers = "-" + str(s["layers"]).replace(",", "+")
+    return f"moe-e{s['experts']}-k{s['k']}{fine}{shared}{where}{layers}-w{s['width']}-d{s['depth']}"
+
+
+def _add(models: dict[str, Model], model: Model) -> str:
+    """Put a model in, or its lengths and seeds to the equal one that is there. Returns the name it has there."""
+    new = _identity(model)
+    for other in models.values():
+        if _identity(other) == new:
+            other.steps = sorted({*other.steps, *model.steps})
+            other.seeds = list(dict.fromkeys([*other.seeds, *model.seeds]))
+            return other.name
+    if model.name in models:
+        raise StudyError(f"two different models have the name '{model.name}'; give them names of their own")
+    models[model.name] = model
+    return model.name
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    mapping = to_mapping(model.recipe)
+    if model.side == "dense":  # what a router would be like changes nothing
+        mapping["model"]["vision"] = mapping["model"]["text"] = None
+    return mapping
+
+
+def _ablation(plan: Plan, grid: Grid) -> dict[str, str]:
+    """The paper's four rows: dense, experts for text, for vision, for both."""
+    found = {}
+    for row in ABLATION:
+        one = next(members(replace(grid, placement="both" if row == "dense" else row)))
+        if row == "dense":
+            model = _model(plan.study, replace(one, name="", set=[]), "dense")
+        else:
+            model = _model(plan.study, replace(one, name=f"{one.name}-{row}" if one.name else ""), "sparse")
+        found[row] = _add(plan.models, model)
+    return found
+
+
+def _twin(study: Study, model: Model, dense: list[Model], reference: str) -> str:
+    if model.side == "dense":
+        return model.name
+    for other in dense:
+        if all(other.settings[a] == model.settings[a] for a in ("width", "depth")):
+            return other.name
+    if study.equal == "per_token":
+        w, d = model.settings["width"], model.settings["depth"]
+        raise StudyError(f"{model.name}: no dense model of width {w} and depth {d} to compare with; add it to 'dense'")
+    return reference
+
+
+# ------------------------------------------------------------------------------------------------------- equal compute
+def count(plan: Plan, shapes: Sequence[Sequence[Shape]]) -> None:
+    """Account for every model on batches as the data has them (a list of shapes for each micro-batch), check that
+    compute is equal where it must be, and list the runs.
+
+    Raises StudyError where a sparse model costs more or less than the dense one it is compared with.
+    """
+    for model in [*plan.models.values(), *plan.sweep.values()]:
+        model.account = mean_account(model.recipe, shapes)
+    study = plan.study
+    if study.equal == "per_token":
+        for model in plan.models.values():
+            ratio = model.cost.flops_per_token / plan.models[model.twin].cost.flops_per_token
+            if abs(ratio - 1) > study.tolerance:
+                raise StudyError(
+                    f"{model.name}: training costs {ratio:.3f} times the FLOPs per token of {model.twin}, wanted 1 "
+                    f"within {study.tolerance:.0%}: choose expert_size, set a larger tolerance, or equal=total"
+                )
+    plan.runs = _runs(plan)
+
+
+def mean_account(recipe: Recipe, shapes: Sequence[Sequence[Shape]]) -> Account:
+    """The account of a recipe whose step is the mean over these micro-batches; memory is that of the largest."""
+    each = [account(recipe, batch) for batch in shapes]
+    largest = max(each, key=lambda a: a.memory.peak)
+    mean = copy.copy(largest)
+    mean.step = type(largest.step).sum(a.step for a in each).scaled(1 / len(each))
+    mean.tokens = sum(a.tokens for a in each) / len(each)  # type: ignore[assignment]
+    return mean
+
+
+def _runs(plan: Plan) -> list[Run]:
+    study, runs = plan.study, []
+    for side, model in plan.sweep.items():
+        for rate in study.sweep.rates:
+            runs += [_run(model, "sweep", side, seed, study.sweep.steps, rate) for seed in study.sweep.seeds]
+    reference = plan.models[study.reference or next(iter(plan.models))]
+    main = []
+    for model in plan.models.values():
+        for seed in model.seeds:
+            for length in model.steps:
+                steps = length
+                if study.equal == "total":
+                    steps = max(1, round(length * reference.cost.step.total / model.cost.step.total))
+                own = None if plan.sweep and not model.fixed_rate else model.recipe.train.lr
+                main.append((model.seeds.index(seed), _run(model, "main", model.name, seed, steps, own)))
+    # All models for their first seed before any for its second: a study cut short is a smaller study.
+    return runs + [run for _, run in sorted(main, key=lambda pair: pair[0])]
+
+
+def _run(model: Model, stage: str, name: str, seed: int, steps: int, rate: float | None) -> Run:
+    tag = f"-lr{rate:g}" if stage == "sweep" else ""
+    return Run(
+        f"{model.name}{tag}-{steps}-seed{seed}", stage, name, model.side, seed, steps, rate,
+        steps * model.cost.tokens, steps * model.cost.step.total,
+    )  # fmt: skip
+
+
+def carried_rate(plan: Plan, model: Model, best: dict[str, float]) -> float:
+    """The learning rate of a model: its side's best of the sweep, carried over by width."""
+    if model.fixed_rate or model.side not in best:
+        return model.recipe.train.lr
+    sweep = plan.sweep[model.side].settings["width"]
+    return best[model.side] * (model.settings["width"] / sweep) ** plan.study.sweep.width_power
+
+
+def recipe_of(plan: Plan, run: Run, rate: float, folder: str, tokenizers: str) -> Recipe:
+    """The whole recipe of a run."""
+    recipe = copy.deepcopy(plan.model(run).recipe)
+    recipe.name, recipe.seed, recipe.run.dir = run.id, run.seed, folder
+    recipe.train.steps, recipe.train.lr = run.steps, rate
+    recipe.train.warmup = min(recipe.train.warmup, max(1, run.steps // 5))
+    recipe.train.min_lr = min(recipe.train.min_lr, rate)
+    if recipe.data.visual_tokenizer.type == "vq" and not recipe.data.visual_tokenizer.path:
+        recipe.data.visual_tokenizer.path = tokenizers
+    recipe.eval.pictures = 0
+    return recipe

@@ -1,0 +1,120 @@
+"""What is measured of a recipe rather than computed: its batches as the data has them, the time and memory of a
+step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vlmoe.config import Recipe
+from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.data.loader import Step, StepData
+from vlmoe.data.text_tokenizer import TextTokenizer
+from vlmoe.data.visual_tokenizer import VisualTokenizer
+from vlmoe.model.flops import Shape
+from vlmoe.tasks.pretrain import MaskedDataModelling
+from vlmoe.train.loop import pick_device, pick_precision
+from vlmoe.train.optim import clip_gradients, make_optimizer
+
+
+def shape_of(kind: str, batch: Batch) -> Shape:
+    """What the accounting needs to know of a batch."""
+    text, valid, target, patches = batch.text_BT, batch.valid_BT, batch.target_BT, batch.patch_mask_BP
+    return Shape(
+        kind,
+        len(batch),
+        text=0 if text is None else text.shape[1],
+        real=0 if valid is None else int(valid.sum()),
+        words=0 if target is None else int((target != IGNORE).sum()),
+        patches=0 if patches is None else int(patches.sum()),
+    )
+
+
+def shapes_of(step: Step) -> list[Shape]:
+    return [shape_of(kind, batch) for kind, batch in step.batches.items()]
+
+
+def data_shapes(recipe: Recipe, tokenizer: TextTokenizer, micro_batches: int = 64) -> list[list[Shape]]:
+    """The shapes of the recipe's first micro-batches: padding and hidden tokens as they really are."""
+    data = StepData(recipe, tokenizer)
+    return [shapes_of(data[n]) for n in range(micro_batches)]
+
+
+@dataclass
+class StepCost:
+    """seconds: of a step, median. memory: bytes of tensors at its worst moment, the model's own included."""
+
+    seconds: float
+    memory: int
+
+
+def measure_step(recipe: Recipe, text: TextTokenizer, visual: VisualTokenizer | None, steps: int = 8) -> StepCost:
+    """Time and memory of the recipe's first training steps, on the recipe's device, data ready at hand."""
+    device = pick_device(recipe.train.device)
+    low = pick_precision(recipe.train.precision, device) == torch.bfloat16
+    torch.manual_seed(recipe.seed)
+    task = MaskedDataModelling(recipe.model, visual).to(device).train()
+    task.prepare(device)
+    optimizer, data = make_optimizer(task, recipe.train), StepData(recipe, text)
+    count = recipe.train.accumulate
+    batches = [{k: b.to(device) for k, b in data[n].batches.items()} for n in range(max(count, 4))]
+
+    def step(first: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        for i in range(count):
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                loss = task(batches[(first + i) % len(batches)]).loss
+            (loss / count).backward()
+        clip_gradients(task, recipe.train.clip)
+        optimizer.step()
+
+    step(0)
+    took = []
+    for n in range(steps):
+        began = time.perf_counter()
+        step(n)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - began)
+    optimizer.zero_grad(set_to_none=True)
+    held = sum(p.nbytes for p in task.parameters())
+    held += sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    largest = max(range(0, len(batches), count), key=lambda n: sum(_bytes(b) for b in batches[n].values()))
+    held += sum(_bytes(b) for b in batches[largest].values())
+    return StepCost(statistics.median(took), held + peak_memory(lambda: step(largest), device))
+
+
+def peak_memory(run: Callable[[], None], device: torch.device | str = "cpu") -> int:
+    """Bytes of tensors at the worst moment of `run`, beyond those that were there before; as torch's allocator counts
+    them, temporary ones of its operators included."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    assert found.profiler is not None
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(v.nbytes for v in vars(batch).values() if torch.is_tensor(v))
+
+
+def mean_tokens(shapes: Sequence[Sequence[Shape]], recipe: Recipe) -> float:
+    """Of a micro-batch, padding not counted."""
+    return statistics.fmean(sum(s.tokens(recipe.model) for s in batch) for batch in shapes)

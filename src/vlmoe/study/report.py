@@ -1,0 +1,302 @@
+"""A study's report: runs.csv and runs.parquet, study.json, study.md, study.html and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vlmoe.model.sizes import short
+from vlmoe.study import compare, draw, law
+from vlmoe.study.collect import CSV, PARQUET, Row, extra_columns, finished, groups, over_seeds, write_table
+from vlmoe.study.declare import StudyError
+from vlmoe.study.page import Section, to_html, to_markdown
+from vlmoe.study.plan import REPORT
+from vlmoe.train.runlog import replace_text
+
+MARKDOWN, PAGE = "study.md", "study.html"
+LOSSES = ("loss", "loss_words", "loss_patches", "accuracy_words")
+NAMES = {"loss": "loss", "loss_words": "words", "loss_patches": "patches", "accuracy_words": "words right, %"}
+SIGNS = {"": "", compare.AT_LEAST: "≥ ", compare.AT_MOST: "≤ ", "mixed": "~ "}
+ROWS = {"dense": "dense", "text": "T-MoE", "vision": "V-MoE", "both": "both"}
+
+
+def write_report(about: dict[str, Any], out: Path, console: Console | None = None) -> dict[str, Any]:
+    """Analyse the runs, write all files and print what came out. about: what `vlmoe.study.run` knows."""
+    rows: list[Row] = about["runs"]
+    scores = [c for c in extra_columns(rows) if "." in c]
+    report = about | {
+        "saved": compare.compute_saved(rows),
+        "frontier": compare.frontiers(rows),
+        "ablation": compare.ablation(rows, about["ablation_models"], [*LOSSES, *scores]),
+        "law": _law(rows, out),
+    }
+    draw.draw_frontier(rows, report["frontier"], out)
+    draw.draw_saved(report["saved"], out)
+    write_table(rows, out)
+    replace_text(out / REPORT, json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
+    sections = [s for s in sections_of(report, scores) if s is not None]
+    title = f"{about['name']}: sparse against dense at equal compute"
+    replace_text(out / MARKDOWN, to_markdown(title, sections))
+    replace_text(out / PAGE, to_html(title, sections, out))
+    if console is not None:
+        for line in headline(report):
+            console.print(line, highlight=False)
+        console.print(f"{out / PAGE}  ({MARKDOWN}, {CSV}, {PARQUET}, {REPORT} and pictures beside it)", highlight=False)
+    return report
+
+
+def _law(rows: Sequence[Row], out: Path) -> dict[str, Any] | None:
+    """The law, and how it predicts runs held out of the fit; None where there are too few runs."""
+    try:
+        fitted = law.fit(rows)
+    except StudyError as error:
+        return {"none": str(error)}
+    checked = law.check(rows, fitted.form)
+    runs = finished(rows)
+    draw.draw_law(runs, fitted.predict(runs), checked, out)
+    return fitted.as_dict() | {"held_out": checked}
+
+
+def _finite(value: Any) -> Any:
+    """For JSON: a number that is none becomes null."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ------------------------------------------------------------------------------------------------------------- in words
+def headline(report: dict[str, Any]) -> list[str]:
+    """What came out, in a few sentences; first the sparse model that saves most FLOPs."""
+    known = [e for e in report["saved"] if e["flops"]]
+    lines = []
+    if known:
+        best = max(known, key=lambda e: e["flops"]["factor"])
+        among = f" (the best of {len(known)} sparse models)" if len(known) > 1 else ""
+        lines.append(
+            f"Compute saved by {best['model']}{among} at the final loss of {best['twin']}: {times(best['flops'])} "
+            f"times in "
+            f"FLOPs, {times(best['seconds'])} times on the clock. Below 1 it needs more."
+        )
+        if best["flops_best"]:
+            lines.append(
+                f"Against the best dense model of any size and length, at its own final loss: "
+                f"{times(best['flops_best'])} "
+                f"times in FLOPs, {times(best['seconds_best'])} times on the clock."
+            )
+    status = {s: sum(r["status"] == s for r in report["runs"]) for s in ("done", "failed", "stopped", "not run")}
+    lines.append("Runs: " + ", ".join(f"{n} {s}" for s, n in status.items() if n) + ".")
+    return lines
+
+
+def times(found: dict[str, Any] | None) -> str:
+    """ "2.1 [1.8, 2.5]"; with a sign where it is a bound."""
+    if not found:
+        return "-"
+    interval = f" [{found['low']:.2f}, {found['high']:.2f}]" if found["low"] is not None else ""
+    return SIGNS[found["bound"]] + f"{found['factor']:.2f}{interval}"
+
+
+def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section | None]:
+    text = "\n\n".join(x for x in (report["about"].strip(), " ".join(headline(report))) if x)
+    return [
+        Section("", text),
+        Section("Loss against compute, time and memory", FRONTIER_TEXT, picture=draw.FRONTIER),
+        _saved_section(report),
+        _models_section(report),
+        _ablation_section(report, scores),
+        _downstream_section(report, scores),
+        _law_section(report),
+        _notes_section(report),
+        _failed_section(report),
+        Section("How it was counted", counted(report)),
+    ]
+
+
+FRONTIER_TEXT = (
+    "Each point is the end of finished runs of one length: the mean over seeds, with the least and the most. Lines "
+    "join "
+    "the lengths of a model; the grey band is the frontier, what nothing beats in both. Memory: each model's longest "
+    "runs."
+)
+
+
+def _saved_section(report: dict[str, Any]) -> Section | None:
+    if not report["saved"]:
+        return None
+    head = [
+        "sparse model",
+        "dense twin",
+        "FLOPs",
+        "wall clock",
+        "FLOPs, best dense",
+        "wall clock, best dense",
+        "lengths",
+    ]
+    body = [
+        [e["model"], e["twin"], *(times(e[k]) for k in ("flops", "seconds", "flops_best", "seconds_best")),
+         str(e["lengths"])]
+        for e in report["saved"]
+    ]  # fmt: skip
+    text = (
+        "How many times less the sparse model needs to reach the final loss of the dense model of its width and "
+        "depth, by "
+        "its finished runs of several lengths, log-log between them; geometric mean and Student's 95% interval over "
+        "seeds, "
+        "paired by seed. *Best dense*: how many times more the frontier of all dense models and lengths needs at the "
+        "sparse model's final loss, for seeds with runs of every dense model. ≥ and ≤: the other curve ends before; "
+        "~: for "
+        "some seeds. Models of one length are left out."
+    )
+    return Section("Compute saved at equal loss", text, head, body, draw.SAVED)
+
+
+def _models_section(report: dict[str, Any]) -> Section | None:
+    done = finished(report["runs"])
+    if not done:
+        return None
+    head = ["model", "parameters", "per token", "FLOPs per token", "memory", "FLOPs/s", "steps", "seeds", "loss"]
+    body = []
+    for (model, steps), runs in groups(done, "model", "steps").items():
+        about = report["models"][model]
+        mean, least, most = over_seeds(runs, "loss")
+        spread = f" [{least:.3f}, {most:.3f}]" if len(runs) > 1 else ""
+        memory = runs[0]["memory_bytes"] or runs[0]["memory_predicted"]
+        body.append([
+            model, short(about["params_total"]), short(about["params_per_token"]), short(about["flops_per_token"]),
+            f"{memory / 2**20:.3g} MiB", short(over_seeds(runs, "flops_per_second")[0]), f"{steps:,}", str(len(runs)),
+            f"{mean:.3f}{spread}",
+        ])  # fmt: skip
+    return Section("Models and lengths", "Held-out loss in nats, mean [least, most] over seeds.", head, body)
+
+
+def _ablation_section(report: dict[str, Any], scores: Sequence[str]) -> Section | None:
+    if not report["ablation"]:
+        return None
+    measures = [m for m in [*LOSSES, *scores] if all(m in e["measures"] for e in report["ablation"])]
+    head = ["", "model", "parameters", "FLOPs per token", *(NAMES.get(m, m) for m in measures), "loss against dense"]
+    body = []
+    for e in report["ablation"]:
+        cells = [_interval(e["measures"][m], m) for m in measures]
+        difference = e["measures"]["loss"]["difference"]
+        body.append([
+            ROWS[e["row"]], e["model"], short(e["params_total"]), short(e["flops_per_token"]), *cells,
+            _interval(difference, "loss", sign=True) if difference else "",
+        ])  # fmt: skip
+    first = report["ablation"][0]
+    text = (
+        f"Experts for neither, text, vision and both, after {first['steps']:,} steps of the dense model and equal "
+        f"FLOPs; "
+        f"mean and 95% interval over {len(first['seeds'])} seed{'s' * (len(first['seeds']) > 1)}, differences paired "
+        f"by seed."
+    )
+    return Section("Where the experts are: the paper's ablation", text, head, body)
+
+
+def _downstream_section(report: dict[str, Any], scores: Sequence[str]) -> Section | None:
+    rows = [r for r in finished(report["runs"]) if any(r.get(s) is not None for s in scores)]
+    if not rows:
+        return None
+    body = []
+    for (model, steps), runs in groups(rows, "model", "steps").items():
+        cells = []
+        for score in scores:
+            values = [r[score] for r in runs if r.get(score) is not None]
+            cells.append(_interval(compare.mean_interval(values), score) if values else "-")
+        body.append([model, f"{steps:,}", str(len(runs)), f"{over_seeds(runs, 'loss')[0]:.3f}", *cells])
+    text = "Fine-tuned from the longest runs of chosen models, all alike. Mean and 95% interval over seeds."
+    return Section("Downstream", text, ["model", "steps", "seeds", "loss", *scores], body)
+
+
+def _interval(found: dict[str, Any], measure: str, sign: bool = False) -> str:
+    scale = 1.0 if measure.startswith("loss") or measure.endswith("CIDEr") else 100.0
+    digits = 3 if measure.startswith("loss") else 1
+    form = f"{'+' if sign else ''}.{digits}f"
+    text = f"{found['mean'] * scale:{form}}"
+    if found["low"] is None:
+        return text
+    return f"{text} ± {scale * (found['high'] - found['low']) / 2:.{digits}f}"
+
+
+def _law_section(report: dict[str, Any]) -> Section | None:
+    found = report["law"]
+    if "none" in found:
+        return Section("Scaling law", f"None: {found['none']}.")
+    checked = found["held_out"]
+    text = (
+        f"`{found['formula']}`, with N parameters per token (embeddings left out), E the expansion (all feed-forward "
+        f"parameters over those of a token) and D tokens. Fitted to {found['runs']} runs; scatter "
+        f"{found['scatter']:.2%}."
+    )
+    if checked:
+        text += (
+            f" Without the {len(checked['runs'])} runs of most FLOPs it predicts them with a mean error of "
+            f"{checked['mean_error']:.2%}; {checked['inside']:.0%} of them lie in their 95% interval."
+        )
+    head = ["parameter", "value", "95% over refits"]
+    body = [
+        [name, f"{found['parameters'].get(name.removeprefix('log_'), math.nan):.4g}",
+         "[" + ", ".join(f"{math.exp(v) if name.startswith('log_') else v:.4g}" for v in ends) + "]"]
+        for name, ends in found["intervals"].items()
+    ]  # fmt: skip
+    body = [[row[0].removeprefix("log_"), *row[1:]] for row in body]
+    return Section("Scaling law", text, head, body, draw.LAW)
+
+
+def _notes_section(report: dict[str, Any]) -> Section | None:
+    sweep = [r for r in report["runs"] if r["stage"] == "sweep"]
+    if not sweep and not report["notes"]:
+        return None
+    body = [
+        [side, f"{rate:g}", *(f"{over_seeds(runs, 'loss')[i]:.4f}" for i in range(1))]
+        for (side, rate), runs in groups(finished(sweep, "sweep"), "side", "learning_rate").items()
+    ]
+    text = "\n\n".join(f"{note[0].upper()}{note[1:]}." for note in report["notes"])
+    if report["sweep"]:
+        rule = next(iter(report["sweep"].values()))
+        text += (
+            f"\n\nCarried to other widths as rate x (width / {rule['width']}) ^ {rule['width_power']:g}; the same for "
+            "all lengths and depths."
+        )
+    return Section("Learning rates and notes", text, ["side", "learning rate", "loss"], body)
+
+
+def _failed_section(report: dict[str, Any]) -> Section | None:
+    rows = [r for r in report["runs"] if r["status"] != "done"]
+    if not rows:
+        return None
+    body = [[r["run"], r["status"], r["error"] or ""] for r in rows]
+    return Section("Runs that are not in the figures", "", ["run", "status", "why"], body)
+
+
+def counted(report: dict[str, Any]) -> str:
+    """What every number rests on."""
+    declared, where = report["declared"], report["machine"]
+    equal = {
+        "per_token": "sparse and dense models of a size cost the same FLOPs per token within "
+        f"{declared['tolerance']:.0%} and train for the same steps",
+        "total": "every model trains for as many steps as give the reference's total FLOPs",
+        "steps": "all models train for the same steps, whatever they cost",
+    }[declared["equal"]]
+    return (
+        f"Equal compute: {equal}. All runs of a seed see the same data in the same order and share their tokenizers. "
+        "FLOPs are those of training, forward and backward, heads, router and dispatch and the visual tokenizer's "
+        "targets "
+        "included; padding costs what is computed on it, and is not counted among the tokens "
+        f"({report['padding']:.1%} of the positions). Steps done again after a roll-back cost again. Wall clock is "
+        f"that of "
+        f"training alone, {report['jobs']} runs at a time with one thread each, so runs slow each other down alike. "
+        f"Memory "
+        "is what tensors of a step hold, measured. Losses are of hidden words and hidden patches of held-out pairs. "
+        "A run "
+        "in the middle, under a learning rate that still falls, is not a run of that length, so only finished runs "
+        "count.\n\n"
+        f"{where['device_name']}, torch {report['torch']}, {report['date']}; {report['hours_used']:.1f} h. "
+        f"`{report['command']}`"
+    )

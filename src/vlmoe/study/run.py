@@ -1,0 +1,356 @@
+"""A study from its declaration to its report: tokenizers, a few timed steps of every model, the sweep, the runs, the
+downstream tasks. Everything that is done stays in the folder and is not done again.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from vlmoe.config import Recipe, load_recipe
+from vlmoe.config import to_mapping as recipe_mapping
+from vlmoe.data.text_tokenizer import TextTokenizer
+from vlmoe.model.flops import Shape
+from vlmoe.model.sizes import short
+from vlmoe.study.collect import Row, row_of
+from vlmoe.study.declare import Study, StudyError, to_mapping
+from vlmoe.study.grid import Model, Plan, Run, carried_rate, count, make_plan, recipe_of
+from vlmoe.study.measure import data_shapes
+from vlmoe.study.plan import duration
+from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
+from vlmoe.train.loop import pick_device
+from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer
+from vlmoe.train.runlog import lock_run, machine, replace_text
+
+DECLARED = "study.yaml"
+TIMED_STEPS = 8  # of every model, before anything is trained
+OVERHEAD = 12.0  # seconds that a run's process takes besides training, until runs say better
+
+
+@dataclass
+class Work:
+    """A study under way. rates: side -> the sweep's best. notes: what a reader must know."""
+
+    plan: Plan
+    out: Path
+    jobs_at_a_time: int
+    console: Console
+    meter: Meter
+    shapes: list[list[Shape]]
+    retry: bool = False
+    rates: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def tokenizers(self, seed: int) -> Path:
+        return self.out / TOKENIZERS / f"seed-{seed}"
+
+    def measured(self, model: Model) -> dict[str, Any]:
+        job = Job(model.name, self.out / "measure" / model.name)
+        return job.read() if job.done else {}
+
+
+def study(
+    declared: Study, out: Path, *, dry_run: bool = False, retry: bool = False, console: Console | None = None
+) -> dict[str, Any] | None:
+    """Do what is left of a study and write its report. Returns the report; None after a dry run.
+
+    dry_run: show the list of runs and the time they will take, and stop there; for that the tokenizers are trained and
+    a few steps of every model timed. retry: do failed runs again.
+
+    Raises:
+        UserError: the study cannot be done as declared, or the folder holds another study's runs.
+        SystemExit: 128 + signal, when it was told to stop; the same command goes on.
+    """
+    console = console or Console()
+    with lock_run(out):
+        plan = make_plan(declared)
+        replace_text(out / DECLARED, OmegaConf.to_yaml(OmegaConf.create(to_mapping(declared))))
+        base = load_recipe(declared.recipe, declared.set)
+        shapes = data_shapes(base, _text_tokenizer(base, out, declared.seeds[0], console))
+        count(plan, shapes)
+        work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
+        tokenizers = _tokenizer_jobs(work, base)
+        _run(work, tokenizers, "tokenizers")
+        for job in tokenizers:  # nothing goes without them
+            if not job.done:
+                why = f"{job.read()['error']} (--retry tries again)" if job.failed else "the budget is used up"
+                raise StudyError(f"{job.id}: {why}; see {job.folder / LOG}")
+        _run(work, _measure_jobs(work, base), "timing a few steps of every model")
+        show_runs(work)
+        if dry_run:
+            return None
+        if plan.sweep:
+            _run(work, [_job(work, r) for r in plan.runs if r.stage == "sweep"], "learning rates")
+            _choose_rates(work)
+        main = [r for r in plan.runs if r.stage == "main"]
+        if all(rate is not None for rate in (_rate(work, r) for r in main)):
+            _run(work, [_job(work, r) for r in main], "runs")
+            _run(work, downstream_jobs(work), "downstream tasks")
+        return _report(work, base)
+
+
+def _report(work: Work, base: Recipe) -> dict[str, Any]:
+    from vlmoe.study.report import write_report  # matplotlib is slow to import
+
+    rows = rows_of(work)
+    declared = work.plan.study
+    sweep = {
+        side: {
+            "best": rate,
+            "width": work.plan.sweep[side].settings["width"],
+            "width_power": declared.sweep.width_power,
+        }
+        for side, rate in work.rates.items()
+    }
+    about = {
+        "name": declared.name, "about": declared.about, "declared": to_mapping(declared), "base": declared.recipe,
+        "recipe": recipe_mapping(base), "models": {m.name: _about(m) for m in work.plan.models.values()},
+        "ablation_models": work.plan.ablation, "sweep": sweep, "notes": work.notes,
+        "padding": _padding(work.shapes, base), "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
+        "machine": machine(pick_device(base.train.device)) | {"threads": 1}, "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["vlmoe", *sys.argv[1:]]), "runs": rows,
+    }  # fmt: skip
+    return write_report(about, work.out, work.console)
+
+
+def _about(model: Model) -> dict[str, Any]:
+    return {
+        "side": model.side, "twin": model.twin, "settings": model.settings, "steps": model.steps, "seeds": model.seeds,
+        "model": recipe_mapping(model.recipe)["model"], "flops_per_token": model.cost.flops_per_token,
+        "memory_predicted": model.cost.memory.peak, "params_total": model.cost.sizes.params_total,
+        "params_per_token": model.cost.sizes.params_per_token,
+    }  # fmt: skip
+
+
+def _padding(shapes: Sequence[Sequence[Shape]], base: Recipe) -> float:
+    """Share of the positions that are padding."""
+    flat = [s for batch in shapes for s in batch]
+    positions = sum(s.positions(base.model) for s in flat)
+    return 1 - sum(s.tokens(base.model) for s in flat) / positions
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+def _seeded(base: Recipe, seed: int) -> Recipe:
+    recipe = copy.deepcopy(base)
+    recipe.seed, recipe.run.dir = seed, ""
+    return recipe
+
+
+def _text_tokenizer(base: Recipe, out: Path, seed: int, console: Console) -> TextTokenizer:
+    return prepare_text_tokenizer(_seeded(base, seed), out / TOKENIZERS / f"seed-{seed}", console)
+
+
+def _tokenizer_jobs(work: Work, base: Recipe) -> list[Job]:
+    """One for each seed. A recipe that names a trained visual tokenizer, or takes stored codes, is quick here."""
+    seeds = dict.fromkeys(run.seed for run in work.plan.runs)
+    return [
+        Job(
+            f"tokenizers-seed{seed}",
+            work.tokenizers(seed),
+            {"kind": "tokenizers", "recipe": _plain(_seeded(base, seed))},
+        )
+        for seed in seeds
+    ]
+
+
+def _measure_jobs(work: Work, base: Recipe) -> list[Job]:
+    """Run as many at a time as the study's runs, so that they see the same company."""
+    jobs = []
+    seed = work.plan.study.seeds[0]
+    for model in [*work.plan.models.values(), *work.plan.sweep.values()]:
+        spec = {
+            "kind": "measure", "steps": TIMED_STEPS, "recipe": _plain(_seeded(model.recipe, seed)),
+            "tokenizers": str(work.tokenizers(seed)),
+        }  # fmt: skip
+        jobs.append(Job(model.name, work.out / "measure" / model.name, spec))
+    return jobs
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return recipe_mapping(recipe)
+
+
+def _rate(work: Work, run: Run) -> float | None:
+    if run.rate is not None:
+        return run.rate
+    return carried_rate(work.plan, work.plan.model(run), work.rates) if run.side in work.rates else None
+
+
+def _job(work: Work, run: Run) -> Job:
+    folder = work.out / ("sweep" if run.stage == "sweep" else "runs") / run.id
+    rate = _rate(work, run)
+    spec = None
+    if rate is not None:
+        recipe = recipe_of(work.plan, run, rate, str(folder), str(work.tokenizers(run.seed)))
+        spec = {"kind": "train", "recipe": _plain(recipe)}
+    seconds = work.measured(work.plan.model(run)).get("seconds", 0.0) * run.steps + _overhead(work)
+    return Job(run.id, folder, spec, seconds=seconds, flops=run.flops, steps=run.steps)
+
+
+def _overhead(work: Work) -> float:
+    """Seconds of a run's process that are no training; of finished runs, where there are any."""
+    found = []
+    for run in work.plan.runs:
+        file = work.out / ("sweep" if run.stage == "sweep" else "runs") / run.id / "result.json"
+        if file.is_file():
+            result = json.loads(file.read_text())
+            found.append(max(0.0, result["process_seconds"] - result["seconds"]))
+    return statistics.median(found) if found else OVERHEAD
+
+
+def downstream_jobs(work: Work) -> list[Job]:
+    """Fine-tuning of the chosen models' longest finished runs, on every task and seed."""
+    declared, jobs = work.plan.study.downstream, []
+    names: list[str] = []
+    for name in declared.models:
+        names += list(work.plan.ablation.values()) if name == "ablation" else [name]
+    for name in dict.fromkeys(names):
+        if name not in work.plan.models:
+            known = ", ".join(work.plan.models)
+            raise StudyError(f"key 'downstream.models': no model '{name}' in this study; there are {known}")
+        for run in longest(work.plan, name):
+            start = _job(work, run)
+            for task in declared.tasks if start.done else []:
+                folder = work.out / "downstream" / f"{task}-{run.id}"
+                spec = {
+                    "kind": "finetune", "task": task, "recipe": declared.recipe, "init": str(start.folder),
+                    "overrides": [*declared.set, f"seed={run.seed}", f"run.dir={folder}"],
+                }  # fmt: skip
+                jobs.append(Job(folder.name, folder, spec, seconds=start.seconds))
+    return jobs
+
+
+def longest(plan: Plan, model: str) -> list[Run]:
+    runs = [r for r in plan.runs if r.stage == "main" and r.model == model]
+    most = max((r.steps for r in runs), default=0)
+    return [r for r in runs if r.steps == most]
+
+
+def _run(work: Work, jobs: list[Job], what: str) -> None:
+    todo = [job for job in jobs if not job.done and (work.retry or not job.failed)]
+    if not todo:
+        return
+    work.console.print(f"{what}: {len(todo)} of {len(jobs)} to do", highlight=False)
+    began, done = time.monotonic(), 0
+
+    def say(event: str, left: list[Job]) -> None:
+        nonlocal done
+        if not event:
+            return
+        done += 1
+        rest = expected_seconds(left, work.jobs_at_a_time)
+        took = f"{duration(time.monotonic() - began)} gone, about {duration(rest)} left"
+        work.console.print(
+            f"  [{done}/{len(todo)}] {event}{_loss_of(jobs, event)}; {took}", highlight=False, markup=False
+        )
+
+    number = run_jobs(jobs, work.jobs_at_a_time, work.meter, say, work.retry)
+    if number is not None:
+        work.console.print("stopped; the same command goes on from here", highlight=False)
+        raise SystemExit(128 + number)
+    left_out = [job for job in jobs if not job.done and not job.failed]
+    if left_out:
+        work.notes.append(f"{what}: {len(left_out)} of {len(jobs)} not done, the budget is used up")
+        work.console.print(f"  budget: {len(left_out)} left out", highlight=False)
+
+
+def _loss_of(jobs: Sequence[Job], event: str) -> str:
+    job = next((j for j in jobs if event.startswith(f"{j.id}:")), None)
+    if job is None or not job.done:
+        return f" ({job.read()['error']})" if job is not None and job.failed else ""
+    loss = job.read().get("loss")
+    return f", loss {loss:.4f}" if isinstance(loss, float) else ""
+
+
+def _choose_rates(work: Work) -> None:
+    """Of each side the rate of least held-out loss, mean over seeds."""
+    for side in work.plan.sweep:
+        losses: dict[float, list[float]] = {}
+        for run in work.plan.runs:
+            job = _job(work, run)
+            if run.stage == "sweep" and run.side == side and job.done and run.rate is not None:
+                losses.setdefault(run.rate, []).append(job.read()["loss"])
+        tried = work.plan.study.sweep
+        whole = {rate: statistics.fmean(v) for rate, v in losses.items() if len(v) == len(tried.seeds)}
+        if not whole:
+            work.notes.append(f"no learning rate of the sweep is finished for the {side} models: none of them was run")
+            continue
+        work.rates[side] = best = min(whole, key=lambda rate: whole[rate])
+        listed = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(whole.items()))
+        text = f"learning rate of {side} models: {best:g} of {listed}"
+        if len(whole) > 1 and best in (min(tried.rates), max(tried.rates)):
+            text += "; the best lies at the edge of what was tried"
+        work.notes.append(text)
+        work.console.print(f"  {text}", highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+def rows_of(work: Work) -> list[Row]:
+    """The table, with downstream scores in the rows of the runs they start from."""
+    rows = []
+    for run in work.plan.runs:
+        job = _job(work, run)
+        rows.append(row_of(work.plan, run, job, _rate(work, run), work.measured(work.plan.model(run))))
+    by_id = {row["run"]: row for row in rows}
+    for job in downstream_jobs(work):
+        task, _, run_id = job.id.partition("-")
+        if job.done:
+            found = job.read()
+            by_id[run_id][f"{task}.{found['metric']}"] = found["score"]
+    return rows
+
+
+def show_runs(work: Work) -> None:
+    """The list of runs with what each will cost, a line for each model and length, and the whole's time against the
+    budget."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "steps", "seeds", "tokens", "FLOPs", "x dense", "memory", "each", "status"):
+        table.add_column(column, justify="left" if column in ("model", "status") else "right", no_wrap=True)
+    jobs = [_job(work, run) for run in work.plan.runs]
+    lines: dict[tuple[str, int], list[tuple[Run, Job]]] = {}
+    for run, job in zip(work.plan.runs, jobs, strict=True):
+        name = run.model if run.stage == "main" else f"sweep {run.side} {run.rate:g}"
+        lines.setdefault((name, run.steps), []).append((run, job))
+    for (name, steps), members in lines.items():
+        run, job = members[0]
+        model = work.plan.model(run)
+        twin = work.plan.models.get(model.twin)
+        ratio = f"{model.cost.flops_per_token / twin.cost.flops_per_token:.3f}" if twin else ""
+        memory = work.measured(model).get("memory", model.cost.memory.peak)
+        counts = Counter(job.status for _, job in members)
+        table.add_row(
+            name, f"{steps:,}", " ".join(str(r.seed) for r, _ in members), short(run.tokens), short(run.flops), ratio,
+            f"{memory / 2**20:.3g}M", duration(job.seconds), ", ".join(f"{n} {s}" for s, n in counts.items()),
+        )  # fmt: skip
+    work.console.print(table)
+    total, todo = sum(run.flops for run in work.plan.runs), [j for j in jobs if j.status in ("to do", "stopped")]
+    seconds = expected_seconds(jobs, work.jobs_at_a_time)
+    tasks = work.plan.study.downstream
+    after = f"; then {', '.join(tasks.tasks)} for {', '.join(tasks.models)}, not in this time" if tasks.tasks else ""
+    work.console.print(
+        f"{len(jobs)} runs, {len(todo)} to do, {short(total)} FLOPs in all; about {duration(seconds)} with "
+        f"{work.jobs_at_a_time} at a time{after}", highlight=False,
+    )  # fmt: skip
+    budget = work.plan.study.budget
+    if budget.hours is not None:
+        over = "; what does not fit is left out" if seconds > work.meter.left else ""
+        work.console.print(f"Budget: {budget.hours:g} h, {duration(work.meter.seconds)} used{over}", highlight=False)
+    if budget.flops is not None:
+        over = "; what does not fit is left out" if total > budget.flops else ""
+        work.console.print(f"Budget: {short(budget.flops)} FLOPs{over}", highlight=False)
