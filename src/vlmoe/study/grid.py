@@ -72,15 +72,16 @@ class Plan:
 def make_plan(study: Study) -> Plan:
     """The models of a study. Raises StudyError or RecipeError where one cannot be built."""
     plan = Plan(study, {}, {}, {})
+    base = load_recipe(study.recipe, study.set).model
     for grid in study.dense:
         for one in members(grid, ("width", "depth")):
-            _add(plan.models, _model(study, one, "dense"))
+            _add(plan.models, _model(study, base, one, "dense"))
     dense = list(plan.models.values())
     for grid in study.sparse:
         for one in members(grid):
-            _add(plan.models, _model(study, one, "sparse"))
+            _add(plan.models, _model(study, base, one, "sparse"))
     if study.ablation is not None:
-        plan.ablation = _ablation(plan, study.ablation)
+        plan.ablation = _ablation(plan, base, study.ablation)
     reference = study.reference or dense[0].name
     if reference not in plan.models or plan.models[reference].side != "dense":
         names = ", ".join(m.name for m in dense)
@@ -89,14 +90,13 @@ def make_plan(study: Study) -> Plan:
         model.twin = _twin(study, model, dense, reference)
     if study.sweep.rates:
         for side in ("dense", "sparse"):
-            model = _model(study, next(members(getattr(study.sweep, side))), side)
+            model = _model(study, base, next(members(getattr(study.sweep, side))), side)
             plan.sweep[side] = replace(model, name=f"sweep-{side}", steps=[study.sweep.steps], seeds=study.sweep.seeds)
     return plan
 
 
-def _model(study: Study, grid: Grid, side: str) -> Model:
-    base = load_recipe(study.recipe, study.set)
-    m = base.model
+def _model(study: Study, m: ModelConfig, grid: Grid, side: str) -> Model:
+    """m: the model section of the study's own recipe."""
     width, depth = grid.width or m.width, grid.depth or m.depth
     changes = [f"model.width={width}", f"model.depth={depth}"]
     if width != m.width and width * m.heads % m.width == 0:  # heads of the same width
@@ -170,15 +170,15 @@ def _identity(model: Model) -> dict[str, Any]:
     return mapping
 
 
-def _ablation(plan: Plan, grid: Grid) -> dict[str, str]:
+def _ablation(plan: Plan, base: ModelConfig, grid: Grid) -> dict[str, str]:
     """The paper's four rows: dense, experts for text, for vision, for both."""
     found = {}
     for row in ABLATION:
         one = next(members(replace(grid, placement="both" if row == "dense" else row)))
         if row == "dense":
-            model = _model(plan.study, replace(one, name="", set=[]), "dense")
+            model = _model(plan.study, base, replace(one, name="", set=[]), "dense")
         else:
-            model = _model(plan.study, replace(one, name=f"{one.name}-{row}" if one.name else ""), "sparse")
+            model = _model(plan.study, base, replace(one, name=f"{one.name}-{row}" if one.name else ""), "sparse")
         found[row] = _add(plan.models, model)
     return found
 

@@ -1,0 +1,156 @@
+"""What a declaration turns into: models, equal compute, runs, learning rates; and how mistakes in it are told."""
+
+from pathlib import Path
+
+import pytest
+
+from vlmoe.config import load_recipe
+from vlmoe.model import Shape
+from vlmoe.study.declare import StudyError, load_study, study_names
+from vlmoe.study.grid import Plan, carried_rate, count, make_plan, recipe_of
+from vlmoe.study.schedule import Job, expected_seconds
+
+TEXT = """
+recipe: demo
+set: [model.width=64, model.heads=4, model.depth=2, model.vl_ffn=0]
+steps: [100, 200]
+seeds: [0, 1]
+dense:
+  - {width: [64, 96]}
+"""
+BATCHES = [[Shape("pair", 8, 24, 150, 60, 30), Shape("text", 2, 16, 30, 4)], [Shape("pair", 8, 16, 120, 50, 30)]]
+
+
+def plan_of(tmp_path: Path, more: str = "", *overrides: str) -> Plan:
+    file = tmp_path / "mine.yaml"
+    file.write_text(TEXT + more)
+    plan = make_plan(load_study(str(file), list(overrides)))
+    count(plan, BATCHES)
+    return plan
+
+
+def test_a_grid_is_the_product_of_its_axes(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "sparse:\n  - {experts: [4, 8], placement: [vision, both], layers: all}\ntolerance: 0.1\n")
+    assert list(plan.models) == [
+        "dense-w64-d2", "dense-w96-d2", "moe-e4-k1-vision-all-w64-d2", "moe-e4-k1-all-w64-d2",
+        "moe-e8-k1-vision-all-w64-d2", "moe-e8-k1-all-w64-d2",
+    ]  # fmt: skip
+    assert plan.models["dense-w96-d2"].recipe.model.heads == 6  # heads keep their width
+    text = plan.models["moe-e8-k1-vision-all-w64-d2"].recipe.model.text
+    assert text.sparse == "none"
+    assert plan.models["moe-e4-k1-all-w64-d2"].twin == "dense-w64-d2"
+    assert len(plan.runs) == 6 * 2 * 2
+    first = plan.runs[: len(plan.runs) // 2]
+    assert {run.seed for run in first} == {0}  # everything once, before anything twice
+    run = plan.runs[0]
+    assert run.tokens == run.steps * (8 * 17 * 2 + 150 + 30 + 120) / 2  # padding is not counted
+    assert run.flops == run.steps * plan.models[run.model].cost.step.total
+
+
+def test_experts_are_sized_to_cost_what_a_dense_layer_costs(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "sparse:\n  - {name: fine, experts: 8, granularity: 2, shared: 2, layers: all}\n")
+    fine, dense = plan.models["fine"], plan.models["dense-w64-d2"]
+    assert fine.settings["expert_size"] == 0.5
+    for part in ("vision", "attention"):
+        assert fine.cost.step.forward[part] == dense.cost.step.forward[part]
+    assert fine.cost.step.forward["text"] < dense.cost.step.forward["text"]  # experts take no padding
+    assert fine.cost.step.forward["router"] > 0  # and is paid for:
+    assert fine.cost.flops_per_token == fine.cost.step.total / fine.cost.tokens
+    with pytest.raises(StudyError, match="128 hidden units cannot be cut into 3 equal parts"):
+        plan_of(tmp_path, "sparse:\n  - {experts: 8, granularity: 2, shared: 1}\n")
+
+
+def test_one_choice_of_one_gate_is_not_divided_by_itself(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "sparse:\n  - {name: top1, experts: 4}\n  - {name: two, experts: 4, granularity: 2}\n")
+    assert load_recipe("demo").model.text.router.renormalize
+    assert not plan.models["top1"].recipe.model.text.router.renormalize
+    assert plan.models["two"].recipe.model.text.router.renormalize
+
+
+def test_unequal_compute_is_refused_or_made_equal(tmp_path: Path) -> None:
+    top2 = "sparse:\n  - {name: top2, experts: 4, k: 2, expert_size: 1.0, layers: all}\n"
+    with pytest.raises(StudyError, match=r"top2: training costs 1\.\d+ times the FLOPs per token of dense-w64-d2"):
+        plan_of(tmp_path, top2)
+    plan = plan_of(tmp_path, top2, "equal=total", "seeds=[0]")
+    by_model: dict[str, list[float]] = {}
+    for run in plan.runs:
+        by_model.setdefault(run.model, []).append(run.flops)
+    for flops in by_model.values():
+        assert flops == pytest.approx(by_model["dense-w64-d2"], rel=0.01)
+    steps = {run.model: run.steps for run in plan.runs}  # of the longest
+    assert steps["top2"] < 180
+    assert steps["dense-w96-d2"] < 120
+    assert {run.steps for run in plan_of(tmp_path, top2, "equal=steps").runs} == {100, 200}
+
+
+def test_the_ablation_shares_models_with_the_grid(tmp_path: Path) -> None:
+    more = "sparse:\n  - {name: fine, experts: 4, layers: all}\nablation: {experts: 4, layers: all, seeds: [2]}\n"
+    plan = plan_of(tmp_path, more)
+    assert plan.ablation == {
+        "dense": "dense-w64-d2", "text": "moe-e4-k1-text-all-w64-d2", "vision": "moe-e4-k1-vision-all-w64-d2",
+        "both": "fine",
+    }  # fmt: skip
+    assert plan.models["fine"].seeds == [0, 1, 2]
+    assert plan.models["moe-e4-k1-text-all-w64-d2"].seeds == [2]
+
+
+def test_the_best_rate_is_carried_by_the_rule(tmp_path: Path) -> None:
+    sweep = (
+        "sweep: {rates: [1e-3, 2e-3], steps: 50, seeds: [0, 1], dense: {width: 64}, sparse: {width: 64, layers: all}}\n"
+    )
+    own = "sparse:\n  - {name: own, layers: all, set: [train.lr=7e-3]}\n  - {name: fine, layers: all, experts: 4}\n"
+    plan = plan_of(tmp_path, own + sweep)
+    tried = [run for run in plan.runs if run.stage == "sweep"]
+    assert len(tried) == 2 * 2 * 2
+    assert plan.runs[: len(tried)] == tried
+    best = {"dense": 2e-3, "sparse": 1e-3}
+    wide = plan.models["dense-w96-d2"]
+    assert carried_rate(plan, wide, best) == pytest.approx(2e-3 * 1.5**-0.5)
+    assert carried_rate(plan, plan.models["fine"], best) == 1e-3
+    assert carried_rate(plan, plan.models["own"], best) == 7e-3
+    run = next(r for r in plan.runs if r.model == "dense-w96-d2")
+    assert run.rate is None  # not known before the sweep
+    recipe = recipe_of(plan, run, 1e-3, "a/run", "some/tokenizers")
+    assert (recipe.train.lr, recipe.train.steps, recipe.seed) == (1e-3, run.steps, run.seed)
+    assert recipe.data.visual_tokenizer.path == "some/tokenizers"
+    assert recipe.train.warmup <= run.steps / 5
+
+
+def test_mistakes_name_the_key(tmp_path: Path) -> None:
+    for more, message in (
+        ("spars: []", r"unknown key 'spars': did you mean 'sparse'\?"),
+        ("sparse:\n  - {expert: 4}", r"unknown key 'sparse\[0\].expert': did you mean 'sparse\[0\].experts'\?"),
+        ("sparse:\n  - {experts: many}", r"key 'sparse\[0\].experts' got 'many', wanted a whole number"),
+        ("sparse:\n  - {placement: audio}", r"wanted vision, text, both"),
+        ("sparse:\n  - {depth: 5}", "no dense model of width 64 and depth 5"),
+        ("sparse:\n  - {name: dense-w64-d2, layers: all}", "two different models have the name"),
+        ("reference: big", "wanted a dense model of the study: dense-w64-d2, dense-w96-d2"),
+        ("equal: luck", "wanted per_token, total or steps"),
+        ("budget: {hours: -1}", r"budget\.hours"),
+        ("jobs: x", "key 'jobs'"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            plan_of(tmp_path, more + "\n")
+    with pytest.raises(StudyError, match="did you mean 'world'"):
+        load_study("wold")
+    with pytest.raises(StudyError, match="expected key=value"):
+        load_study("tiny", ["jobs"])
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_packaged_studies_are_equal_in_compute(name: str) -> None:
+    plan = make_plan(load_study(name))
+    m = plan.models[next(iter(plan.models))].recipe
+    batch = [
+        Shape.full(m.model, m.data.masking, kind, getattr(m.data.batch, kind)) for kind in ("pair", "image", "text")
+    ]
+    count(plan, [batch])
+    assert {"dense", "text", "vision", "both"} == set(plan.ablation)
+    assert plan.study.budget.hours
+    assert max(len(model.seeds) for model in plan.models.values()) >= 2
+
+
+def test_expected_time_fills_the_lanes(tmp_path: Path) -> None:
+    jobs = [Job(str(s), tmp_path / str(s), {}, seconds=s) for s in (4.0, 3.0, 2.0, 1.0)]
+    assert expected_seconds(jobs, 1) == 10
+    assert expected_seconds(jobs, 2) == 5

@@ -1,0 +1,172 @@
+"""A whole study on a tiny grid: cut short by its budget, then finished; with a run that fails."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from vlmoe.cli import app
+from vlmoe.config import load_recipe, to_mapping
+from vlmoe.study.declare import Budget
+from vlmoe.study.schedule import Job, Meter, run_jobs
+from vlmoe.study.worker import held_out_scores
+from vlmoe.tasks.export import load_pretrained
+
+SMALL = [
+    "model.width=32", "model.heads=2", "model.depth=2", "model.codes=32", "data.text_tokenizer.samples=300",
+    "data.visual_tokenizer.steps=3", "data.batch={pair: 4, image: 1, text: 1}", "data.workers=0", "train.warmup=2",
+    "eval={samples: 16, batch: 16}", "train.watch_every=0",
+]  # fmt: skip
+STUDY = f"""
+about: A study for a test.
+recipe: demo
+set: {json.dumps(SMALL)}
+steps: [3, 6]
+tolerance: 0.1
+dense: [{{width: 32}}]
+sparse:
+  - {{name: broken, experts: 4, steps: [3], set: [data.visual_tokenizer.path=/nowhere]}}
+  - {{name: fine, experts: 4, granularity: 2, shared: 2, layers: all}}
+jobs: 2
+"""
+BUDGET = 9e8  # FLOPs: more than a run of three steps of each of the two, less than all
+
+
+def invoke(*words: str) -> str:
+    result = CliRunner().invoke(app, ["study", *words], catch_exceptions=False, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The folder; output and report of both launches; when each run was finished, as files have it."""
+    folder = tmp_path_factory.mktemp("study")
+    file, out = folder / "mine.yaml", folder / "out"
+    file.write_text(STUDY)
+    found: dict[str, Any] = {"file": file, "out": out}
+    for name, budget in (("first", f"budget.flops={BUDGET}"), ("second", "budget.flops=null")):
+        found[name] = invoke(str(file), budget, "--out", str(out))
+        found[f"{name} report"] = json.loads((out / "study.json").read_text())
+        found[f"{name} times"] = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/result.json")}
+    return found
+
+
+def status(report: dict[str, Any]) -> dict[str, str]:
+    return {row["run"]: row["status"] for row in report["runs"]}
+
+
+def test_the_budget_is_obeyed_and_said(launches: dict[str, Any]) -> None:
+    first = launches["first report"]
+    spent = sum(row["flops"] for row in first["runs"] if row["status"] != "not run")
+    assert 0 < spent <= BUDGET
+    assert "not run" in status(first).values()
+    assert any("the budget is used up" in note for note in first["notes"])
+    assert "Budget: 900M FLOPs; what does not fit is left out" in launches["first"]
+
+
+def test_the_list_comes_before_the_runs(launches: dict[str, Any]) -> None:
+    output = launches["first"]
+    assert "5 runs, 5 to do" in output
+    assert re.search(r"about [\d.]+ (s|min|h) with 2 at a time", output)
+    assert output.index("5 to do") < output.index("[1/")
+
+
+def test_a_second_launch_does_what_is_left_and_only_that(launches: dict[str, Any]) -> None:
+    before, after = launches["first times"], launches["second times"]
+    assert before
+    assert {run: after[run] for run in before} == before
+    assert len(after) == 4
+    done = {run for run, what in status(launches["second report"]).items() if what == "done"}
+    assert done == {"dense-w32-d2-3-seed0", "dense-w32-d2-6-seed0", "fine-3-seed0", "fine-6-seed0"}
+
+
+def test_a_failed_run_is_recorded_and_the_others_go_on(launches: dict[str, Any]) -> None:
+    (row,) = (r for r in launches["second report"]["runs"] if r["model"] == "broken")
+    assert row["status"] == "failed"
+    assert "/nowhere" in row["error"]
+    assert row["loss"] is None
+    out = launches["out"]
+    for name in ("study.md", "study.html", "runs.csv"):
+        assert "/nowhere" in (out / name).read_text(), name
+
+
+def test_rows_are_what_the_runs_are(launches: dict[str, Any]) -> None:
+    out, report = launches["out"], launches["second report"]
+    (row,) = (r for r in report["runs"] if r["run"] == "fine-6-seed0")
+    trained = load_pretrained(out / "runs" / "fine-6-seed0")
+    assert held_out_scores(trained, trained.recipe)["loss"] == pytest.approx(row["loss"], rel=1e-6)
+    assert row["loss"] == pytest.approx(row["loss_words"] + row["loss_patches"])
+    assert row["flops"] == pytest.approx(row["tokens"] * row["flops_per_token"])
+    assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
+    assert row["memory_predicted"] == pytest.approx(row["memory_bytes"], rel=0.05)
+    built = sum(p.numel() for p in trained.model.backbone.parameters())
+    assert row["params_total"] == built
+    tokenizers = {
+        (out / "runs" / r / "tokenizers" / "visual.safetensors").read_bytes() for r in launches["second times"]
+    }
+    assert len(tokenizers) == 1
+
+
+def test_tables_and_pages_hold_the_same(launches: dict[str, Any]) -> None:
+    out, report = launches["out"], launches["second report"]
+    lines = list(csv.DictReader((out / "runs.csv").open()))
+    table = pq.read_table(out / "runs.parquet").to_pylist()
+    for row, line, record in zip(report["runs"], lines, table, strict=True):
+        assert line["run"] == record["run"] == row["run"]
+        assert record["loss"] == row["loss"]
+        assert float(line["flops"]) == pytest.approx(row["flops"])
+        assert line["error"] == (row["error"] or "")
+    (saved,) = report["saved"]  # of the one sparse model with two lengths
+    assert saved["model"] == "fine"
+    assert saved["flops"]["factor"] > 0
+    for name in ("study.png", "saved.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    page = (out / "study.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    for words in ("Compute saved at equal loss", "fine", "How it was counted", "router and dispatch"):
+        assert words in page
+        assert words in (out / "study.md").read_text()
+    assert "needs at least 8 finished runs" in page  # no law of four runs
+
+
+def test_another_declaration_in_the_folder_is_refused(launches: dict[str, Any]) -> None:
+    words = [str(launches["file"]), "dense=[{width: 32, set: [train.lr=0.1]}]", "--out", str(launches["out"])]
+    result = CliRunner().invoke(app, ["study", *words])
+    assert result.exit_code != 0
+    assert "holds a run of another declaration (recipe.train.lr: 0.002 there, 0.1 now)" in str(result.exception)
+
+
+class UntilItTrains(Meter):
+    """A budget that ends when a job has made some steps, whatever the clock says."""
+
+    def __init__(self, out: Path, log: Path) -> None:
+        super().__init__(out, Budget())
+        self.log = log
+
+    @property
+    def left(self) -> float:
+        return 0.0 if self.log.is_file() and self.log.read_text().count("\n") >= 3 else 1e9
+
+
+def test_at_the_end_of_the_budget_a_run_is_stopped_and_can_go_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = load_recipe("demo", [*SMALL, "model.vision.sparse=none", "model.text.sparse=none", "train.steps=1000000",
+                                  f"run.dir={run}"])  # fmt: skip
+    job = Job("endless", run, {"kind": "train", "recipe": to_mapping(recipe)}, flops=1e12, steps=1_000_000)
+    said: list[str] = []
+    meter = UntilItTrains(tmp_path, run / "metrics.jsonl")
+    assert run_jobs([job], 1, meter, lambda event, left: said.append(event)) is None
+    assert job.status == "stopped"
+    assert said[-1] == "endless: stopped"
+    assert 0 < job.share_done < 1e-3
+    assert list((run / "checkpoints").glob("step-*"))
+    assert not (run / "failed.json").exists()
+    assert json.loads((tmp_path / "used.json").read_text())["seconds"] > 0
