@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +58,6 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def status(report: dict[str, Any]) -> dict[str, str]:
     return {row["run"]: row["status"] for row in report["runs"]}
-
-
-def test_the_budget_is_obeyed_and_said(launches: dict[str, Any]) -> None:
-    first = launches["first report"]
-    spent = sum(row["flops"] for row in first["runs"] if row["status"] != "not run")
-    assert 0 < spent <= BUDGET
-    assert "not run" in status(first).values()
-    assert any("the budget is used up" in note for note in first["notes"])
-    assert "Budget: 900M FLOPs; what does not fit is left out" in launches["first"]
-
-
-def test_the_list_comes_before_the_runs(launches: dict[str, Any]) -> None:
-    output = launches["first"]
-    assert "5 runs, 5 to do" in output
-    assert re.search(r"about [\d.]+ (s|min|h) with 2 at a time", output)
-    assert output.index("5 to do") < output.index("[1/")
 
 
 def test_a_second_launch_does_what_is_left_and_only_that(launches: dict[str, Any]) -> None:
@@ -135,13 +118,6 @@ def test_tables_and_pages_hold_the_same(launches: dict[str, Any]) -> None:
         assert words in page
         assert words in (out / "study.md").read_text()
     assert "needs at least 8 finished runs" in page  # no law of four runs
-
-
-def test_another_declaration_in_the_folder_is_refused(launches: dict[str, Any]) -> None:
-    words = [str(launches["file"]), "dense=[{width: 32, set: [train.lr=0.1]}]", "--out", str(launches["out"])]
-    result = CliRunner().invoke(app, ["study", *words])
-    assert result.exit_code != 0
-    assert "holds a run of another declaration (recipe.train.lr: 0.002 there, 0.1 now)" in str(result.exception)
 
 
 class UntilItTrains(Meter):
