@@ -7,14 +7,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmoe.cli import app
 from vlmoe.config import load_recipe, to_mapping
-from vlmoe.study.declare import Budget
+from vlmoe.study.declare import Budget, load_study
+from vlmoe.study.grid import count, make_plan
+from vlmoe.study.measure import data_shapes
 from vlmoe.study.schedule import Job, Meter, run_jobs
 from vlmoe.study.worker import held_out_scores
 from vlmoe.tasks.export import load_pretrained
+from vlmoe.train.pretrain import prepare_text_tokenizer
 
 SMALL = [
     "model.width=32", "model.heads=2", "model.depth=2", "model.codes=32", "data.text_tokenizer.samples=300",
@@ -33,7 +37,14 @@ sparse:
   - {{name: fine, experts: 4, granularity: 2, shared: 2, layers: all}}
 jobs: 2
 """
-BUDGET = 9e8  # FLOPs: more than a run of three steps of each of the two, less than all
+
+
+def budget(file: Path, folder: Path) -> float:
+    """FLOPs for all runs but the last, counting those of three steps as 1, those of six as 2: of 7, 4.4, of which the
+    broken one uses none."""
+    plan, base = make_plan(load_study(str(file))), load_recipe("demo", SMALL)
+    count(plan, data_shapes(base, prepare_text_tokenizer(base, folder, Console(quiet=True))))
+    return 4.4 * min(run.flops for run in plan.runs)
 
 
 def invoke(*words: str) -> str:
@@ -49,8 +60,9 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file, out = folder / "mine.yaml", folder / "out"
     file.write_text(STUDY)
     found: dict[str, Any] = {"file": file, "out": out}
-    for name, budget in (("first", f"budget.flops={BUDGET}"), ("second", "budget.flops=null")):
-        found[name] = invoke(str(file), budget, "--out", str(out))
+    found["budget"] = budget(file, folder / "tokenizers")
+    for name, limit in (("first", found["budget"]), ("second", "null")):
+        found[name] = invoke(str(file), f"budget.flops={limit}", "--out", str(out))
         found[f"{name} report"] = json.loads((out / "study.json").read_text())
         found[f"{name} times"] = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/result.json")}
     return found
@@ -58,6 +70,36 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def status(report: dict[str, Any]) -> dict[str, str]:
     return {row["run"]: row["status"] for row in report["runs"]}
+
+
+def test_what_the_budget_does_not_pay_for_is_not_run(launches: dict[str, Any]) -> None:
+    rows = launches["first report"]["runs"]
+    left_out = [r["run"] for r in rows if r["status"] == "not run"]
+    assert left_out == ["fine-6-seed0"]
+    assert sum(r["flops"] for r in rows if r["status"] == "done") <= launches["budget"] < sum(r["flops"] for r in rows)
+    assert "1 of 5 not done, the budget is used up" in " ".join(launches["first report"]["notes"])
+    assert "1 left out" in launches["first"]
+
+
+def test_the_list_of_runs_and_their_time_come_before_the_runs(launches: dict[str, Any]) -> None:
+    said = launches["first"]
+    before, after = said.split("runs: 5 of 5 to do")
+    for model in ("dense-w32-d2", "broken", "fine"):
+        assert model in before
+    assert "5 runs, 5 to do" in before and "with 2 at a time" in before
+    assert "Budget: " in before and "what does not fit is left out" in before
+    assert "seed0: done" in after
+    assert "5 runs, 1 to do" in launches["second"]  # the failed one is not tried again unasked
+
+
+def test_another_declaration_in_the_folder_is_refused(launches: dict[str, Any]) -> None:
+    out = launches["out"]
+    then = (out / "study.yaml").read_text()
+    words = [str(launches["file"]), "dense=[{width: 32, set: [train.lr=0.1]}]", "--out", str(out)]
+    result = CliRunner().invoke(app, ["study", *words])
+    assert result.exit_code != 0
+    assert "holds a run of another declaration (recipe.train.lr: 0.002 there, 0.1 now)" in str(result.exception)
+    assert (out / "study.yaml").read_text() == then  # what is there stays what it says
 
 
 def test_a_second_launch_does_what_is_left_and_only_that(launches: dict[str, Any]) -> None:

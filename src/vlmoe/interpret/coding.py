@@ -52,54 +52,76 @@ class Combinations:
     token's values are looked up together, and only combinations that were never met are taken apart."""
 
     def __init__(self) -> None:
-        self.vocabularies: dict[str, Vocabulary] = {}  # by factor; "" is 0 in each
-        self.seen: dict[tuple[str, ...], _Seen] = {}  # by the names of the factors
-        self.code_CF = np.zeros((256, 8), np.int32)
-        self.count = 1  # 0: nothing is known
+        self._forget()
 
     def tidy(self) -> None:
         """Forget all numbers where there are too many. For between two batches."""
         if self.count > MOST:
-            self.vocabularies, self.seen, self.count = {}, {}, 1
-            self.code_CF = np.zeros((256, 8), np.int32)
+            self._forget()
 
-    def numbers(self, factors: dict[str, list[str]]) -> list[int]:
-        """The combination of each token of one sample. factors: name -> one value a token."""
-        names = tuple(factors)
-        if names not in self.seen:
-            self.seen[names] = _Seen(self, names)
-        return list(map(self.seen[names].__getitem__, zip(*factors.values(), strict=True)))
+    def _forget(self) -> None:
+        self.vocabularies: dict[str, Vocabulary] = {}  # by factor; "" is 0 in each
+        self.seen: dict[tuple[str, ...], _Seen] = {}  # by the names of the factors
+        self.code_CF = np.zeros((256, 0), np.int32)
+        self.count = 1  # 0: nothing is known
+        self.new: list[dict[int, int]] = []  # combinations that are not in code_CF yet: factor -> code
 
-    def add(self, names: tuple[str, ...], values: tuple[str, ...]) -> int:
-        columns = []
-        for name in names:
-            if name not in self.vocabularies:
-                self.vocabularies[name] = Vocabulary([""])
-            columns.append(list(self.vocabularies).index(name))
-        C, F = self.code_CF.shape
-        if self.count == C or len(self.vocabularies) > F:
-            C, F = (2 * C if self.count == C else C), max(F, 2 * len(self.vocabularies))
-            grown = np.zeros((C, F), np.int32)
-            grown[: len(self.code_CF), : self.code_CF.shape[1]] = self.code_CF
-            self.code_CF = grown
-        self.code_CF[self.count, columns] = [self.vocabularies[n][v] for n, v in zip(names, values, strict=True)]
-        self.count += 1
-        return self.count - 1
+    def numbers(self, samples: Sequence[dict[str, list[str]]], count: int) -> np.ndarray:
+        """(samples, count): the combination of each token. samples: of each, name -> one value for each of its `count`
+        tokens. Those with the same factors are gone through in one sweep."""
+        found = np.zeros((len(samples), count), np.int32)
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for b, factors in enumerate(samples):
+            if factors:
+                groups.setdefault(tuple(factors), []).append(b)
+        for names, members in groups.items():
+            if names not in self.seen:
+                self.seen[names] = self._begin(names)
+            columns = (chain.from_iterable([samples[b][name] for b in members]) for name in names)
+            numbers = map(self.seen[names].__getitem__, zip(*columns, strict=True))
+            found[members] = np.fromiter(numbers, np.int32, len(members) * count).reshape(-1, count)
+        return found
 
     def columns(self, number_R: np.ndarray, names: Sequence[str]) -> dict[str, Coded]:
         """The columns of these factors."""
+        self._settle()
         code_FR = self.code_CF[number_R].T
         known = {name: Coded(code_FR[i], v.values_) for i, (name, v) in enumerate(self.vocabularies.items())}
         return {name: known.get(name) or Coded(np.zeros(len(number_R), np.int32), [""]) for name in names}
 
+    def _begin(self, names: tuple[str, ...]) -> _Seen:
+        for name in names:
+            self.vocabularies.setdefault(name, Vocabulary([""]))
+        known = list(self.vocabularies)
+        return _Seen(self, [(known.index(name), self.vocabularies[name]) for name in names])
+
+    def _settle(self) -> None:
+        """Put new combinations into code_CF, which grows where it must."""
+        C, F = len(self.code_CF), len(self.vocabularies)
+        if self.count > C or F > self.code_CF.shape[1]:
+            while C < self.count:
+                C *= 2
+            grown = np.zeros((C, F), np.int32)
+            grown[: len(self.code_CF), : self.code_CF.shape[1]] = self.code_CF
+            self.code_CF = grown
+        if self.new:
+            rows = [row.get(f, 0) for row in self.new for f in range(F)]
+            self.code_CF[self.count - len(self.new) : self.count] = np.array(rows, np.int32).reshape(-1, F)
+            self.new = []
+
 
 class _Seen(dict[tuple[str, ...], int]):
-    def __init__(self, owner: Combinations, names: tuple[str, ...]) -> None:
+    """Combinations of values of the same factors -> their numbers. slots: each factor's column and vocabulary."""
+
+    def __init__(self, owner: Combinations, slots: list[tuple[int, Vocabulary]]) -> None:
         super().__init__()
-        self.owner, self.names = owner, names
+        self.owner, self.slots = owner, slots
 
     def __missing__(self, values: tuple[str, ...]) -> int:
-        self[values] = number = self.owner.add(self.names, values)
+        owner = self.owner
+        self[values] = number = owner.count
+        owner.new.append({f: v[value] for (f, v), value in zip(self.slots, values, strict=True)})
+        owner.count += 1
         return number
 
 

@@ -281,14 +281,12 @@ class OwnSubject:
         """What the data knows of each token, "" where nothing; the class token comes first in an image's V."""
         patch, token, seen = batch.patch_factors, batch.token_factors, self._combinations
         seen.tidy()
-        number: list[int] = []
-        for b in range(len(batch)):
-            if V:
-                number.append(0)
-                number += seen.numbers(patch[b]) if patch and patch[b] else [0] * (V - 1)
-            if T:
-                number += seen.numbers(token[b]) if token and token[b] else [0] * T
-        return seen.columns(np.array(number, dtype=np.int32), names_of([*patch, *token]))
+        number_BR = np.zeros((len(batch), V + T), np.int32)
+        if patch and V:
+            number_BR[:, 1:V] = seen.numbers(patch, V - 1)
+        if token and T:
+            number_BR[:, V:] = seen.numbers(token, T)
+        return seen.columns(number_BR.reshape(-1), names_of([*patch, *token]))
 
 
 def _vocabulary(trained: Pretrained | Finetuned) -> list[str]:

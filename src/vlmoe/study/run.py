@@ -79,25 +79,27 @@ def study(
     console = console or Console()
     with lock_run(out):
         plan = make_plan(declared)
-        replace_text(out / DECLARED, OmegaConf.to_yaml(OmegaConf.create(to_mapping(declared))))
         base = load_recipe(declared.recipe, declared.set)
         shapes = data_shapes(base, _text_tokenizer(base, out, declared.seeds[0], console))
         count(plan, shapes)
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
-        tokenizers = _tokenizer_jobs(work, base)
+        tokenizers, timed = _tokenizer_jobs(work, base), _measure_jobs(work, base)
+        sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
+        for job in [*tokenizers, *timed, *(_job(work, r) for r in (sweep or main))]:
+            job.check()
+        replace_text(out / DECLARED, OmegaConf.to_yaml(OmegaConf.create(to_mapping(declared))))
         _run(work, tokenizers, "tokenizers")
         for job in tokenizers:  # nothing goes without them
             if not job.done:
                 why = f"{job.read()['error']} (--retry tries again)" if job.failed else "the budget is used up"
                 raise StudyError(f"{job.id}: {why}; see {job.folder / LOG}")
-        _run(work, _measure_jobs(work, base), "timing a few steps of every model")
+        _run(work, timed, "timing a few steps of every model")
         show_runs(work)
         if dry_run:
             return None
-        if plan.sweep:
-            _run(work, [_job(work, r) for r in plan.runs if r.stage == "sweep"], "learning rates")
+        if sweep:
+            _run(work, [_job(work, r) for r in sweep], "learning rates")
             _choose_rates(work)
-        main = [r for r in plan.runs if r.stage == "main"]
         if all(rate is not None for rate in (_rate(work, r) for r in main)):
             _run(work, [_job(work, r) for r in main], "runs")
             _run(work, downstream_jobs(work), "downstream tasks")
@@ -230,7 +232,7 @@ def downstream_jobs(work: Work) -> list[Job]:
                 folder = work.out / "downstream" / f"{task}-{run.id}"
                 spec = {
                     "kind": "finetune", "task": task, "recipe": declared.recipe, "init": str(start.folder),
-                    "overrides": [*declared.set, f"seed={run.seed}", f"run.dir={folder}"],
+                    "overrides": [*declared.set, f"seed={run.seed}"],
                 }  # fmt: skip
                 jobs.append(Job(folder.name, folder, spec, seconds=start.seconds))
     return jobs
@@ -243,6 +245,8 @@ def longest(plan: Plan, model: str) -> list[Run]:
 
 
 def _run(work: Work, jobs: list[Job], what: str) -> None:
+    for job in jobs:
+        job.check()
     todo = [job for job in jobs if not job.done and (work.retry or not job.failed)]
     if not todo:
         return

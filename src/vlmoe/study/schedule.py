@@ -27,7 +27,7 @@ from vlmoe.train.signals import StopRequest
 USED = "used.json"
 GRACE = 60.0  # seconds that a job told to stop has for its checkpoint
 POLL = 0.05
-FREE = ("run.dir", "data.visual_tokenizer.path")  # keys that change when a study's folder is moved
+FREE = ("run.dir", "data.visual_tokenizer.path", "tokenizers", "init")  # change when a study's folder is moved
 
 
 @dataclass
@@ -66,22 +66,25 @@ class Job:
     def read(self) -> dict[str, Any]:
         return json.loads((self.folder / (RESULT if self.done else FAILED)).read_text())
 
-    def write(self) -> None:
-        """Write job.json. Raises StudyError where the folder holds a run of another declaration."""
-        assert self.spec is not None, f"{self.id}: not known yet what to do"
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def check(self) -> None:
+        """Raises StudyError where the folder holds a run of another declaration."""
+        if self.spec is None:
+            return
         file = self.folder / JOB
-        begun = self.done or (self.folder / METRICS).exists()
-        if file.is_file() and begun:
-            then, now = _flat(json.loads(file.read_text())), _flat(self.spec)
-            other = [k for k in sorted(then | now) if then.get(k) != now.get(k) and not k.endswith(FREE)]
-            if other:
-                key = other[0]
-                raise StudyError(
-                    f"{self.folder} holds a run of another declaration ({key}: {then.get(key)!r} there, "
-                    f"{now.get(key)!r} now): choose another --out, or delete that folder"
-                )
-        replace_text(file, json.dumps(self.spec, indent=1))
+        if not file.is_file() or not (self.done or (self.folder / METRICS).exists()):
+            return
+        then, now = _flat(json.loads(file.read_text())), _flat(self.spec)
+        other = [k for k in sorted(then | now) if then.get(k) != now.get(k) and not k.endswith(FREE)]
+        if other:
+            key = other[0]
+            raise StudyError(
+                f"{self.folder} holds a run of another declaration ({key}: {then.get(key)!r} there, "
+                f"{now.get(key)!r} now): choose another --out, or delete that folder"
+            )
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(self.folder / JOB, json.dumps(self.spec, indent=1))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

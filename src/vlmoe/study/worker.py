@@ -71,7 +71,9 @@ def _train(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], int | None]:
 
 def _finetune(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], int | None]:
     start = load_pretrained(job["init"])
-    recipe = load_finetune(job["task"], job["recipe"], start.recipe, job["init"], job["overrides"])
+    recipe = load_finetune(
+        job["task"], job["recipe"], start.recipe, job["init"], [*job["overrides"], f"run.dir={folder}"]
+    )
     done = finetune(recipe)
     if done.stopped_by is not None:
         return {}, done.stopped_by

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.interpret.report.synthetic import findings
 from vlmoe.interpret.report import build
@@ -178,14 +179,14 @@ def test_arrow_keys_go_from_expert_to_expert(read: Callable[..., Reader]) -> Non
     page = read()
     page.open("expert/1%2Fvision/0")
     page.press("ArrowRight")
-    page.tab.wait_for_function("document.querySelector('h2').innerText.endsWith('expert 1')")
+    expect(page.tab.locator("h2").first).to_have_text(re.compile(r"expert 1$"))
     page.press("ArrowLeft")
-    page.tab.wait_for_function("document.querySelector('h2').innerText.endsWith('expert 0')")
+    expect(page.tab.locator("h2").first).to_have_text(re.compile(r"expert 0$"))
     page.tab.click("text=Next ▶")
-    page.tab.wait_for_function("document.querySelector('h2').innerText.endsWith('expert 1')")
+    expect(page.tab.locator("h2").first).to_have_text(re.compile(r"expert 1$"))
     assert page.focused() == "Next ▶"  # a second click needs no new aim
     page.tab.select_option("#site-picker", "3/text")
-    page.tab.wait_for_function("document.querySelector('h2').innerText.startsWith('Layer 3')")
+    expect(page.tab.locator("h2").first).to_have_text(re.compile(r"^Layer 3"))
 
 
 def test_a_patch_of_an_expert_leads_to_its_sample(read: Callable[..., Reader]) -> None:
@@ -336,7 +337,7 @@ def test_causes_and_information_of_a_chosen_router(read: Callable[..., Reader]) 
     assert page.tab.input_value("#site-picker") == "3/text"
     page.open("information")
     page.tab.select_option("#site-picker", "3/text")
-    page.tab.wait_for_function("location.hash === '#information/3%2Ftext'")
+    expect(page.tab).to_have_url(re.compile(r"#information/3%2Ftext$"))
     row = findings()["information"]["3/text"]["word_class"]
     assert f"{row['bits']:.3g}" in page.tab.inner_text(".data")
 
@@ -356,7 +357,7 @@ def test_two_runs_stand_side_by_side(read: Callable[..., Reader]) -> None:
     assert page.tab.inner_text("#run-title").endswith("other")
     assert f"{100 * b['use']['3/vision']['share'][2]:.1f}% of the tokens" in page.tab.inner_text("main")
     page.tab.click("text=A: synthetic")
-    page.tab.wait_for_function("document.querySelector('#run-title').innerText.endsWith('synthetic')")
+    expect(page.tab.locator("#run-title")).to_have_text(re.compile(r"synthetic$"))
     assert page.address() == "#expert/3%2Fvision/2"
 
 
