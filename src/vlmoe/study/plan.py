@@ -210,7 +210,7 @@ def _recipes(base: Recipe, template: dict[str, Any] | None, flops: float) -> lis
             recipe = copy.deepcopy(base)
             c = recipe.model
             c.width, c.heads, c.depth = width, heads, max(2, round(width / aspect))
-            c.vl_ffn = min(c.depth, max(m.vl_ffn > 0, round(fused * c.depth)))  # none only where the study had none
+            c.vl_ffn = min(c.depth, max(min(m.vl_ffn, 1), round(fused * c.depth)))  # none only where the study had none
             for name in ("vision", "text"):
                 side, like = getattr(c, name), (template or {}).get(name, {})
                 if not experts or like["sparse"] == "none":
