@@ -8,6 +8,8 @@ from torch import nn
 
 from tests.train.toy import ToyTask, toy_task
 from vlmoe.config import TrainConfig
+from vlmoe.moe import MoELayer
+from vlmoe.moe.soft import SoftMoELayer
 from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 
 
@@ -49,6 +51,32 @@ def test_groups_keep_their_decay_and_their_scale() -> None:
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1, 2.0])
     assert (optimizer.param_groups[0]["betas"], optimizer.param_groups[0]["eps"]) == ((0.9, 0.95), 1e-7)
+
+
+def test_experts_and_routers_have_rates_of_their_own() -> None:
+    class Sparse(ToyTask):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = MoELayer(8, 4, 3, shared=1)
+            self.soft = SoftMoELayer(8, 4, 3)
+
+    task = Sparse()
+    optimizer = make_optimizer(task, TrainConfig(expert_lr=0.25, router_lr=0.5, weight_decay=0.3))
+    set_learning_rate(optimizer, 0.1)
+    rate = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rate[id(p)] for name, p in task.named_parameters()}
+    assert len(found) == len(rate)  # each in one group
+    expected = {name: (0.1, 0.0 if name.split(".")[-1] in {"bias", "b1", "b2", "scale"} else 0.3) for name in found}
+    for layer in ("moe", "soft"):
+        for weight, decay in (("w1", 0.3), ("w2", 0.3), ("b1", 0.0), ("b2", 0.0)):
+            expected[f"{layer}.experts.{weight}"] = (0.025, decay)
+        expected[f"{layer}.router.weight"] = (0.05, 0.3)
+    expected["soft.router.scale"] = (0.05, 0.0)
+    assert {name: decay for name, (_, decay) in found.items()} == {name: decay for name, (_, decay) in expected.items()}
+    assert {name: rate for name, (rate, _) in found.items()} == pytest.approx(
+        {name: rate for name, (rate, _) in expected.items()}
+    )
+    assert len(make_optimizer(task, TrainConfig()).param_groups) == 2  # by default nothing is told apart
 
 
 def test_a_parameter_in_no_group_is_an_error() -> None:

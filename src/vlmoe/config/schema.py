@@ -173,6 +173,8 @@ class GuardConfig:
 class TrainConfig:
     steps: int = 1000
     lr: float = 1e-3
+    expert_lr: float = 1.0  # factor on lr for routed experts: each learns from k / E of the tokens
+    router_lr: float = 1.0  # factor on lr for routers
     min_lr: float = 1e-5
     warmup: int = 100  # steps
     beta1: float = 0.9

@@ -121,7 +121,8 @@ def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:
 def _train(t: TrainConfig, need: Need) -> None:
     for f in ("steps", "log_every", "checkpoint_every", "keep", "accumulate"):
         need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
-    need(t.lr > 0, "train.lr", t.lr, "a positive number")
+    for f in ("lr", "expert_lr", "router_lr"):
+        need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
     for f in ("min_lr", "warmup", "clip", "weight_decay"):
         need(getattr(t, f) >= 0, f"train.{f}", getattr(t, f), "a number not below 0")
     for f in ("beta1", "beta2"):

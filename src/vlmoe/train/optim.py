@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from vlmoe.config import TrainConfig
+from vlmoe.moe.experts import Experts
+from vlmoe.moe.routers import Router
+from vlmoe.moe.soft import SoftRouter
 from vlmoe.tasks.base import Task
 
 
@@ -26,7 +29,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
     """Fused AdamW over the task's own parameter groups.
 
-    A group may carry `lr_scale`, a factor on the schedule's rate (layer-wise decay, faster heads).
+    A group may carry `lr_scale`, a factor on the schedule's rate (layer-wise decay, faster heads). `config.expert_lr`
+    and `config.router_lr` are factors on it for routed experts and routers.
 
     Raises:
         ValueError: a trainable parameter is in no group, so it would silently stay as it is.
@@ -36,8 +40,26 @@ def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
     left_out = [name for name, p in task.named_parameters() if p.requires_grad and id(p) not in grouped]
     if left_out:
         raise ValueError(f"{type(task).__name__}.parameter_groups leaves out {', '.join(left_out[:5])}")
+    for kind, factor in ((Experts, config.expert_lr), ((Router, SoftRouter), config.router_lr)):
+        if factor != 1.0:
+            groups = _scaled(
+                groups, {id(p) for m in task.modules() if isinstance(m, kind) for p in m.parameters()}, factor
+            )
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def _scaled(groups: list[dict[str, object]], chosen: set[int], factor: float) -> list[dict[str, object]]:
+    """The groups with the chosen parameters in groups of their own, whose `lr_scale` is `factor` times as large."""
+    found = []
+    for group in groups:
+        parameters: list[torch.nn.Parameter] = group["params"]  # type: ignore[assignment]
+        for inside in (False, True):
+            part = [p for p in parameters if (id(p) in chosen) == inside]
+            if part:
+                scale = float(group.get("lr_scale", 1.0)) * (factor if inside else 1.0)  # type: ignore[arg-type]
+                found.append(group | {"params": part, "lr_scale": scale})
+    return found
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
