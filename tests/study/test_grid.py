@@ -119,6 +119,18 @@ def test_the_best_rate_is_carried_by_the_rule(tmp_path: Path) -> None:
     assert recipe.train.warmup <= run.steps / 5
 
 
+def test_experts_get_a_rate_by_the_share_of_tokens_they_see(tmp_path: Path) -> None:
+    more = "sparse:\n  - {experts: [4, 16], layers: all}\n  - {name: own, layers: all, set: [train.expert_lr=0.7]}\n"
+    plan = plan_of(tmp_path, more + "tolerance: 0.2\n")
+    found = {name: model.recipe.train.expert_lr for name, model in plan.models.items()}
+    assert found == {
+        "dense-w64-d2": 1.0, "dense-w96-d2": 1.0, "moe-e4-k1-all-w64-d2": 0.5, "moe-e16-k1-all-w64-d2": 0.25,
+        "own": 0.7,
+    }  # fmt: skip
+    equal = plan_of(tmp_path, more + "tolerance: 0.2\n", "expert_power=0")
+    assert equal.models["moe-e16-k1-all-w64-d2"].recipe.train.expert_lr == 1.0
+
+
 def test_mistakes_name_the_key(tmp_path: Path) -> None:
     for more, message in (
         ("spars: []", r"unknown key 'spars': did you mean 'sparse'\?"),

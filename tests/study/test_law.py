@@ -52,6 +52,7 @@ def report() -> dict[str, Any]:
     return {
         "runs": RUNS, "recipe": to_mapping(dense), "base": "demo", "machine": {"device_name": "a machine"},
         "models": models, "sweep": {"dense": {"best": 2e-3, "width": 64, "width_power": -0.5}},
+        "declared": {"expert_power": 0.5},
     }  # fmt: skip
 
 
@@ -145,6 +146,7 @@ def test_the_printed_run_is_the_recommended_model(report: dict[str, Any]) -> Non
     recipe = load_recipe("demo", found["overrides"])
     best = found["recommended"]
     assert sizes(recipe.model).params_total == best["params_total"]
+    assert recipe.train.expert_lr == pytest.approx((recipe.model.vision.router.k / recipe.model.vision.experts) ** 0.5)
     assert (recipe.model.width, recipe.train.steps, recipe.data.batch.pair) == (best["width"], best["steps"], 16)
     assert best["seconds"] == pytest.approx(2 * 1e13 / 2e12, rel=0.01)  # two devices; sparse takes twice as long
 

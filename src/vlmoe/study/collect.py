@@ -21,7 +21,7 @@ CSV, PARQUET = "runs.csv", "runs.parquet"
 COLUMNS = (
     "run", "stage", "model", "side", "twin", "width", "depth", "experts", "k", "granularity", "shared", "expert_size",
     "placement", "layers", "expansion", "params_total", "params_per_token", "params_active", "seed", "steps",
-    "learning_rate", "tokens", "flops_per_token", "flops", "seconds", "flops_per_second", "memory_bytes",
+    "learning_rate", "expert_lr", "tokens", "flops_per_token", "flops", "seconds", "flops_per_second", "memory_bytes",
     "memory_predicted", "resident_bytes", "repeated", "wait_share", "status", "error", "loss", "loss_words",
     "loss_patches", "accuracy_words", "accuracy_blind",
 )  # fmt: skip
@@ -46,6 +46,7 @@ def row_of(plan: Plan, run: Run, job: Job, rate: float | None, measured: dict[st
         "params_per_token": cost.sizes.params_per_token,
         "params_active": cost.sizes.params_per_token - cost.sizes.params_by_part["embeddings"],
         "seed": run.seed, "steps": run.steps, "learning_rate": rate,
+        "expert_lr": model.recipe.train.expert_lr if model.side == "sparse" else None,
         "tokens": run.tokens, "flops_per_token": cost.flops_per_token, "flops": run.flops,
         "memory_bytes": measured.get("memory"), "memory_predicted": cost.memory.peak,
         "status": job.status if job.status != "to do" else "not run",

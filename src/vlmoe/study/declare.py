@@ -90,7 +90,7 @@ class Study:
     """equal: "per_token": every sparse model must cost what the dense one of its width and depth costs per token,
     within `tolerance`, and all train for the same steps. "total": every model trains for as many steps as give the
     total FLOPs of `reference` after each of `steps`. "steps": the same steps, whatever they cost. reference: a dense
-    model's name; empty: the first. jobs: runs at a time, each with one thread."""
+    model's name; empty: the first. expert_power: see `grid.expert_lr`. jobs: runs at a time, each with one thread."""
 
     name: str = ""
     about: str = ""
@@ -99,6 +99,7 @@ class Study:
     equal: str = "per_token"
     tolerance: float = 0.05
     reference: str = ""
+    expert_power: float = 0.5
     steps: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     dense: list[Grid] = field(default_factory=list)
@@ -213,6 +214,7 @@ def _check(study: Study, origin: str) -> None:
     need(study.tolerance > 0, "tolerance", study.tolerance, "a share above 0, for example 0.05")
     need(bool(study.steps) and min(study.steps) > 0, "steps", study.steps, "run lengths, for example [300, 600, 1200]")
     need(bool(study.seeds), "seeds", study.seeds, "at least one seed")
+    need(study.expert_power >= 0, "expert_power", study.expert_power, "a number not below 0, for example 0.5")
     need(study.jobs >= 1, "jobs", study.jobs, "a positive number")
     for f in ("hours", "flops"):
         value = getattr(study.budget, f)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vlmoe.config import ModelConfig, Recipe, load_recipe, to_mapping
+from vlmoe.config import ModalityConfig, ModelConfig, Recipe, load_recipe, to_mapping
 from vlmoe.model.accounting import Account, account
 from vlmoe.model.flops import Shape
 from vlmoe.model.parameters import hidden_size
@@ -106,6 +106,7 @@ def _model(study: Study, m: ModelConfig, grid: Grid, side: str) -> Model:
         changes += [f"model.{s}.sparse=none" for s in SIDES]
     else:
         size = _expert_size(grid, replace(m, width=width))
+        changes.append(f"train.expert_lr={expert_lr(grid, study.expert_power)!r}")
         for s in SIDES:
             on = grid.placement in (s, "both")
             changes += [
@@ -123,6 +124,13 @@ def _model(study: Study, m: ModelConfig, grid: Grid, side: str) -> Model:
         grid.name or _name(side, settings), side, settings, recipe, list(grid.steps or study.steps),
         list(grid.seeds or study.seeds), fixed_rate=fixed,
     )  # fmt: skip
+
+
+def expert_lr(side: Grid | ModalityConfig, power: float) -> float:
+    """Factor on the learning rate of routed experts, (k / E) ** power. An expert sees the share k / E of the tokens;
+    Adam's best rate falls with the root of the batch (Malladi et al. 2022), so the power is 0.5, or 0 for one rate."""
+    k = side.k if isinstance(side, Grid) else side.router.k
+    return (k / side.experts) ** power
 
 
 def _expert_size(grid: Grid, config: ModelConfig) -> float:

@@ -28,6 +28,7 @@ from vlmoe.model.memory import Sharding
 from vlmoe.model.sizes import short, sizes
 from vlmoe.study.collect import Row, finished, groups
 from vlmoe.study.declare import StudyError
+from vlmoe.study.grid import expert_lr
 from vlmoe.study.law import AXES, fit
 
 REPORT = "study.json"
@@ -120,6 +121,7 @@ def make_plan(
     speed, slower = _speeds(rows)
     rate = (flops_per_second or speed) * devices
     template = _template(rows, report["models"])
+    power = report.get("declared", {}).get("expert_power", 0.0)  # studies before there was one had one rate
     found: list[Candidate] = []
     tight: list[int] = []
     limit = max(r["expansion"] for r in finished(rows)) * 1.001
@@ -127,7 +129,9 @@ def make_plan(
         candidate = _price(recipe, flops, Sharding(devices, shard), rate, slower, limit)
         if candidate is None:
             continue
-        recipe.train.lr = _learning_rate(report, recipe, candidate.row["expansion"] > 1)
+        sparse = candidate.row["expansion"] > 1
+        recipe.train.lr = _learning_rate(report, recipe, sparse)
+        recipe.train.expert_lr = expert_lr(recipe.model.vision, power) if sparse else 1.0
         tight.append(candidate.memory)
         if candidate.memory <= memory:
             found.append(candidate)
