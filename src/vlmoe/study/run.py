@@ -323,7 +323,7 @@ def rows_of(work: Work) -> list[Row]:
 def show_runs(work: Work) -> None:
     """The list of runs with what each will cost, a line for each model and length, and the whole's time against the
     budget."""
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
     for column in ("model", "steps", "seeds", "tokens", "FLOPs", "x dense", "memory", "each", "status"):
         table.add_column(column, justify="left" if column in ("model", "status") else "right", no_wrap=True)
     jobs = [_job(work, run) for run in work.plan.runs]
