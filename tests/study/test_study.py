@@ -121,6 +121,42 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(launches: dict[str, Any])
         assert "/nowhere" in (out / name).read_text(), name
 
 
+def test_a_study_goes_on_where_another_ended(launches: dict[str, Any], tmp_path: Path) -> None:
+    """Longer runs of its own beside the earlier study's finished ones, in every table."""
+    longer = ["steps=[9]", "sparse.0.name=other", "sparse.0.set=[]", "sparse.0.steps=[9]"]
+    file = str(launches["file"])
+    invoke(file, *longer, f"extends={launches['out']}", "--out", str(tmp_path / "longer"))
+    report = json.loads((tmp_path / "longer" / "study.json").read_text())
+    before = {run: row for row in launches["second report"]["runs"] if (run := row["run"]) and row["status"] == "done"}
+    rows = {row["run"]: row for row in report["runs"]}
+    assert set(rows) == {*before, "dense-w32-d2-9-seed0", "other-9-seed0", "fine-9-seed0"}
+    assert all(rows[run] == row for run, row in before.items())
+    assert [e["lengths"] for e in report["saved"]] == [3]  # of the model fine, the only sparse one of several lengths
+    with (tmp_path / "longer" / "runs.csv").open() as lines:
+        assert {row["run"] for row in csv.DictReader(lines)} == set(rows)
+    assert f"4 runs are those of {launches['out']}" in (tmp_path / "longer" / "study.md").read_text()
+    assert not (tmp_path / "longer" / "runs" / "fine-6-seed0").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("set.8=train.warmup=3", "recipe, key 'train.warmup' is 2 there and 3 here"),
+        ("sparse.1.experts=8", "model fine, key 'text.experts' is 4 there and 8 here"),
+        ("expert_power=0", "key 'expert_power' is 0.5 there and 0.0 here"),
+        ("extends=/nowhere", "/nowhere: no such file"),
+    ],
+)
+def test_a_study_that_cannot_be_extended_is_refused(
+    launches: dict[str, Any], tmp_path: Path, change: str, said: str
+) -> None:
+    words = [str(launches["file"]), f"extends={launches['out']}", change, "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["study", *words])
+    assert result.exit_code != 0
+    assert said in str(result.exception)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_rows_are_what_the_runs_are(launches: dict[str, Any]) -> None:
     out, report = launches["out"], launches["second report"]
     (row,) = (r for r in report["runs"] if r["run"] == "fine-6-seed0")

@@ -7,6 +7,7 @@ ours.
 
 from vlmoe.config.finetune import TASKS, CaptionConfig, FilesConfig, FinetuneRecipe, TaskDataConfig
 from vlmoe.config.reading import (
+    flat,
     from_mapping,
     init_of,
     known_keys,
@@ -60,6 +61,7 @@ __all__ = [
     "UserError",
     "VisualTokenizerConfig",
     "WorldConfig",
+    "flat",
     "from_mapping",
     "init_of",
     "known_keys",

@@ -134,6 +134,13 @@ def to_mapping(recipe: Recipe | FinetuneRecipe) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(recipe))  # type: ignore[return-value]
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
+
+
 def to_yaml(recipe: Recipe | FinetuneRecipe) -> str:
     """The recipe as YAML, every key written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))

@@ -90,7 +90,9 @@ class Study:
     """equal: "per_token": every sparse model must cost what the dense one of its width and depth costs per token,
     within `tolerance`, and all train for the same steps. "total": every model trains for as many steps as give the
     total FLOPs of `reference` after each of `steps`. "steps": the same steps, whatever they cost. reference: a dense
-    model's name; empty: the first. expert_power: see `grid.expert_lr`. jobs: runs at a time, each with one thread."""
+    model's name; empty: the first. extends: the folder of an earlier study on the same recipe, whose finished runs join
+    the report; its learning rate does not, set `train.lr`. expert_power: see `grid.expert_lr`. jobs: runs at a time,
+    each with one thread."""
 
     name: str = ""
     about: str = ""
@@ -99,6 +101,7 @@ class Study:
     equal: str = "per_token"
     tolerance: float = 0.05
     reference: str = ""
+    extends: str = ""
     expert_power: float = 0.5
     steps: list[int] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])

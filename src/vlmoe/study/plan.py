@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmoe.config import Recipe, RecipeError, from_mapping, load_recipe, to_mapping
+from vlmoe.config import Recipe, RecipeError, flat, from_mapping, load_recipe, to_mapping
 from vlmoe.config.validation import validate
 from vlmoe.model.accounting import KINDS, account, gib
 from vlmoe.model.flops import Shape
@@ -64,15 +64,9 @@ class Candidate:
 
 def overrides_of(recipe: Recipe, base: Recipe) -> list[str]:
     """What turns `base` into `recipe`, as `key=value`."""
-    ours, theirs = (_flat(to_mapping(r)) for r in (recipe, base))
+    ours, theirs = (flat(to_mapping(r)) for r in (recipe, base))
     own = ("name", "about", "run.dir")
     return [f"{key}={json.dumps(v)}" for key, v in ours.items() if v != theirs.get(key) and key not in own]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
 
 
 def parse_size(text: str, what: str) -> float:
@@ -89,7 +83,7 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:
-        raise StudyError(f"{file}: no such file; `vlmoe study RECIPE` makes a study's {REPORT}") from None
+        raise StudyError(f"{file}: no such file; `vlmoe study STUDY` makes a study's {REPORT}") from None
     except (OSError, ValueError) as error:
         raise StudyError(f"{file}: cannot be read as a study's {REPORT}: {error}") from None
     if not isinstance(found, dict) or not {"runs", "recipe", "machine"} <= set(found):
@@ -332,8 +326,7 @@ def warning(candidate: dict[str, Any]) -> str:
     far = ", ".join(f"{AXES[axis]} {times:.3g} times" for axis, times in candidate["outside"].items())
     return (
         f"Extrapolates: {far} beyond the nearest of the study's runs. The interval knows the runs' scatter, not "
-        f"whether "
-        "the law holds out there."
+        "whether the law holds out there."
     )
 
 

@@ -80,8 +80,7 @@ def headline(report: dict[str, Any]) -> list[str]:
     if known:
         best = max(known, key=lambda e: (len(e["flops"]["seeds"]), e["lengths"], e["flops"]["factor"]))
         lines.append(
-            f"Compute saved by {best['model']} at the final loss of {best['twin']}: {times(best['flops'])} "
-            f"times in "
+            f"Compute saved by {best['model']} at the final loss of {best['twin']}: {times(best['flops'])} times in "
             f"FLOPs, {times(best['seconds'])} times on the clock. Below 1 it needs more."
         )
         if best["flops_best"]:
@@ -121,9 +120,8 @@ def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section |
 
 FRONTIER_TEXT = (
     "Each point is the end of finished runs of one length: the mean over seeds, with the least and the most. Lines "
-    "join "
-    "the lengths of a model; the grey band is the frontier, what nothing beats in both. Memory: each model's longest "
-    "runs."
+    "join the lengths of a model; the grey band is the frontier, what nothing beats in both. Memory: each model's "
+    "longest runs."
 )
 
 
@@ -146,13 +144,10 @@ def _saved_section(report: dict[str, Any]) -> Section | None:
     ]  # fmt: skip
     text = (
         "How many times less the sparse model needs to reach the final loss of the dense model of its width and "
-        "depth, by "
-        "its finished runs of several lengths, log-log between them; geometric mean and Student's 95% interval over "
-        "seeds, "
-        "paired by seed. *Best dense*: how many times more the frontier of all dense models and lengths needs at the "
-        "sparse model's final loss, for seeds with runs of every dense model. ≥ and ≤: the other curve ends before; "
-        "~: for "
-        "some seeds. Models of one length are left out."
+        "depth, by its finished runs of several lengths, log-log between them; geometric mean and Student's 95% "
+        "interval over seeds, paired by seed. *Best dense*: how many times more the frontier of all dense models and "
+        "lengths needs at the sparse model's final loss, for seeds with runs of every dense model. ≥ and ≤: the other "
+        "curve ends before; ~: for some seeds. Models of one length are left out."
     )
     return Section("Compute saved at equal loss", text, head, body, draw.SAVED)
 
@@ -192,9 +187,8 @@ def _ablation_section(report: dict[str, Any], scores: Sequence[str]) -> Section 
     first = report["ablation"][0]
     text = (
         f"Experts for neither, text, vision and both, after {first['steps']:,} steps of the dense model and equal "
-        f"FLOPs; "
-        f"mean and 95% interval over {len(first['seeds'])} seed{'s' * (len(first['seeds']) > 1)}, differences paired "
-        f"by seed."
+        f"FLOPs; mean and 95% interval over {len(first['seeds'])} seed{'s' * (len(first['seeds']) > 1)}, differences "
+        "paired by seed."
     )
     return Section("Where the experts are: the paper's ablation", text, head, body)
 
@@ -254,7 +248,7 @@ def _notes_section(report: dict[str, Any]) -> Section | None:
     if not sweep and not report["notes"]:
         return None
     body = [
-        [side, f"{rate:g}", *(f"{over_seeds(runs, 'loss')[i]:.4f}" for i in range(1))]
+        [side, f"{rate:g}", f"{over_seeds(runs, 'loss')[0]:.4f}"]
         for (side, rate), runs in groups(finished(sweep, "sweep"), "side", "learning_rate").items()
     ]
     text = "\n\n".join(f"{note[0].upper()}{note[1:]}." for note in report["notes"])
@@ -287,16 +281,11 @@ def counted(report: dict[str, Any]) -> str:
     return (
         f"Equal compute: {equal}. All runs of a seed see the same data in the same order and share their tokenizers. "
         "FLOPs are those of training, forward and backward, heads, router and dispatch and the visual tokenizer's "
-        "targets "
-        "included; padding costs what is computed on it, and is not counted among the tokens "
+        "targets included; padding costs what is computed on it, and is not counted among the tokens "
         f"({report['padding']:.1%} of the positions). Steps done again after a roll-back cost again. Wall clock is "
-        f"that of "
-        f"training alone, {report['jobs']} runs at a time with one thread each, so runs slow each other down alike. "
-        f"Memory "
-        "is what tensors of a step hold, measured. Losses are of hidden words and hidden patches of held-out pairs. "
-        "A run "
-        "in the middle, under a learning rate that still falls, is not a run of that length, so only finished runs "
-        "count.\n\n"
-        f"{where['device_name']}, torch {report['torch']}, {report['date']}; {report['hours_used']:.1f} h. "
-        f"`{report['command']}`"
+        f"that of training alone, {report['jobs']} runs at a time with one thread each, so runs slow each other down "
+        "alike. Memory is what tensors of a step hold, measured. Losses are of hidden words and hidden patches of "
+        "held-out pairs. A run in the middle, under a learning rate that still falls, is not a run of that length, so "
+        f"only finished runs count.\n\n{where['device_name']}, torch {report['torch']}, {report['date']}; "
+        f"{report['hours_used']:.1f} h. `{report['command']}`"
     )

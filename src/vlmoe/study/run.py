@@ -27,11 +27,12 @@ from vlmoe.config import to_mapping as recipe_mapping
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.model.flops import Shape
 from vlmoe.model.sizes import short
+from vlmoe.study import extend
 from vlmoe.study.collect import Row, row_of
 from vlmoe.study.declare import Study, StudyError, to_mapping
 from vlmoe.study.grid import Model, Plan, Run, carried_rate, count, make_plan, recipe_of
 from vlmoe.study.measure import data_shapes
-from vlmoe.study.plan import duration
+from vlmoe.study.plan import duration, read_report
 from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
 from vlmoe.train.loop import pick_device
 from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer
@@ -82,6 +83,9 @@ def study(
         base = load_recipe(declared.recipe, declared.set)
         shapes = data_shapes(base, _text_tokenizer(base, out, declared.seeds[0], console))
         count(plan, shapes)
+        earlier = Path(declared.extends) if declared.extends else None
+        if earlier is not None:
+            extend.check(read_report(earlier), _declared(plan, base), earlier)
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
         tokenizers, timed = _tokenizer_jobs(work, base), _measure_jobs(work, base)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
@@ -103,10 +107,20 @@ def study(
         if all(rate is not None for rate in (_rate(work, r) for r in main)):
             _run(work, [_job(work, r) for r in main], "runs")
             _run(work, downstream_jobs(work), "downstream tasks")
-        return _report(work, base)
+        return _report(work, base, earlier)
 
 
-def _report(work: Work, base: Recipe) -> dict[str, Any]:
+def _declared(plan: Plan, base: Recipe) -> dict[str, Any]:
+    """The part of the report that is known before anything runs."""
+    study = plan.study
+    return {
+        "name": study.name, "about": study.about, "declared": to_mapping(study), "base": study.recipe,
+        "recipe": recipe_mapping(base), "models": {m.name: _about(m) for m in plan.models.values()},
+        "ablation_models": plan.ablation,
+    }  # fmt: skip
+
+
+def _report(work: Work, base: Recipe, earlier: Path | None) -> dict[str, Any]:
     from vlmoe.study.report import write_report  # matplotlib is slow to import
 
     rows = rows_of(work)
@@ -119,15 +133,15 @@ def _report(work: Work, base: Recipe) -> dict[str, Any]:
         }
         for side, rate in work.rates.items()
     }
-    about = {
-        "name": declared.name, "about": declared.about, "declared": to_mapping(declared), "base": declared.recipe,
-        "recipe": recipe_mapping(base), "models": {m.name: _about(m) for m in work.plan.models.values()},
-        "ablation_models": work.plan.ablation, "sweep": sweep, "notes": work.notes,
+    about = _declared(work.plan, base) | {
+        "sweep": sweep, "notes": work.notes,
         "padding": _padding(work.shapes, base), "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
         "machine": machine(pick_device(base.train.device)) | {"threads": 1}, "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["vlmoe", *sys.argv[1:]]), "runs": rows,
     }  # fmt: skip
+    if earlier is not None:
+        about = extend.join(read_report(earlier), about, earlier)
     return write_report(about, work.out, work.console)
 
 

@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from vlmoe.config import flat
 from vlmoe.study import worker
 from vlmoe.study.declare import Budget, StudyError
 from vlmoe.study.worker import FAILED, JOB, LOG, RESULT
@@ -73,7 +74,7 @@ class Job:
         file = self.folder / JOB
         if not file.is_file() or not (self.done or (self.folder / METRICS).exists()):
             return
-        then, now = _flat(json.loads(file.read_text())), _flat(self.spec)
+        then, now = flat(json.loads(file.read_text())), flat(self.spec)
         other = [k for k in sorted(then | now) if then.get(k) != now.get(k) and not k.endswith(FREE)]
         if other:
             key = other[0]
@@ -85,12 +86,6 @@ class Job:
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / JOB, json.dumps(self.spec, indent=1))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
 
 
 class Meter:

@@ -1,0 +1,53 @@
+"""A study that goes on where another ended: longer runs, more seeds, other models, in one report with what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vlmoe.config import flat
+from vlmoe.study.collect import finished
+from vlmoe.study.declare import StudyError
+
+FREE = ("name", "about", "run.dir", "train.lr", "train.steps")  # of the recipe; rows say their learning rate and steps
+
+
+def check(earlier: dict[str, Any], about: dict[str, Any], where: Path) -> None:
+    """earlier, about: reports, see `vlmoe.study.run`. Raises StudyError, which names the first key, where runs of the
+    two cannot stand in one table."""
+    for key in ("equal", "expert_power"):
+        _same(f"key '{key}'", earlier["declared"].get(key), about["declared"][key], where)
+    _same_keys("recipe", earlier["recipe"], about["recipe"], where)
+    for name in earlier["models"].keys() & about["models"].keys():
+        _same_keys(f"model {name}", earlier["models"][name]["model"], about["models"][name]["model"], where)
+
+
+def join(earlier: dict[str, Any], about: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The report of both: the earlier study's finished runs, but for those that this one has, too, and what it says of
+    its models and its search for learning rates."""
+    ours = {row["run"] for row in about["runs"]}
+    runs = [r for stage in ("sweep", "main") for r in finished(earlier["runs"], stage) if r["run"] not in ours]
+    models = earlier["models"] | about["models"]
+    kept = {r["model"] for r in runs if r["stage"] == "main"}
+    note = (
+        f"{len(runs)} runs are those of {where}: `{earlier['command']}`, {earlier['machine']['device_name']}, "
+        f"torch {earlier['torch']}, {earlier['date']}; {earlier['hours_used']:.1f} h"
+    )
+    return about | {
+        "runs": runs + about["runs"],
+        "models": {name: m for name, m in models.items() if name in kept or name in about["models"]},
+        "sweep": about["sweep"] or earlier["sweep"],
+        "notes": [*earlier["notes"], note, *about["notes"]],
+    }
+
+
+def _same_keys(what: str, then: Any, now: Any, where: Path) -> None:
+    before, after = flat(then), flat(now)
+    for key in sorted(before.keys() | after.keys()):
+        if key not in FREE:
+            _same(f"{what}, key '{key}'", before.get(key), after.get(key), where)
+
+
+def _same(what: str, then: Any, now: Any, where: Path) -> None:
+    if then != now:
+        raise StudyError(f"extends {where}: {what} is {then!r} there and {now!r} here: its runs cannot be compared")
