@@ -127,7 +127,7 @@ def test_a_study_goes_on_where_another_ended(launches: dict[str, Any], tmp_path:
     file = str(launches["file"])
     invoke(file, *longer, f"extends={launches['out']}", "--out", str(tmp_path / "longer"))
     report = json.loads((tmp_path / "longer" / "study.json").read_text())
-    before = {run: row for row in launches["second report"]["runs"] if (run := row["run"]) and row["status"] == "done"}
+    before = {row["run"]: row for row in launches["second report"]["runs"] if row["status"] == "done"}
     rows = {row["run"]: row for row in report["runs"]}
     assert set(rows) == {*before, "dense-w32-d2-9-seed0", "other-9-seed0", "fine-9-seed0"}
     assert all(rows[run] == row for run, row in before.items())

@@ -8,21 +8,30 @@ from typing import Any
 from vlmoe.config import flat
 from vlmoe.study.collect import finished
 from vlmoe.study.declare import StudyError
+from vlmoe.study.plan import read_report
 
 FREE = ("name", "about", "run.dir", "train.lr", "train.steps")  # of the recipe; rows say their learning rate and steps
 
 
-def check(earlier: dict[str, Any], about: dict[str, Any], where: Path) -> None:
-    """earlier, about: reports, see `vlmoe.study.run`. Raises StudyError, which names the first key, where runs of the
-    two cannot stand in one table."""
+def read_earlier(about: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of the study that this one extends; None where it extends none.
+
+    about: what of this one's report is known before anything runs, see `vlmoe.study.run`. Raises StudyError where there
+    is no such report, or runs of the two cannot stand in one table: it names the first key that differs.
+    """
+    where = about["declared"]["extends"]
+    if not where:
+        return None
+    earlier = read_report(Path(where))
     for key in ("equal", "expert_power"):
         _same(f"key '{key}'", earlier["declared"].get(key), about["declared"][key], where)
     _same_keys("recipe", earlier["recipe"], about["recipe"], where)
     for name in earlier["models"].keys() & about["models"].keys():
         _same_keys(f"model {name}", earlier["models"][name]["model"], about["models"][name]["model"], where)
+    return earlier
 
 
-def join(earlier: dict[str, Any], about: dict[str, Any], where: Path) -> dict[str, Any]:
+def join(earlier: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     """The report of both: the earlier study's finished runs, but for those that this one has, too, and what it says of
     its models and its search for learning rates."""
     ours = {row["run"] for row in about["runs"]}
@@ -30,8 +39,9 @@ def join(earlier: dict[str, Any], about: dict[str, Any], where: Path) -> dict[st
     models = earlier["models"] | about["models"]
     kept = {r["model"] for r in runs if r["stage"] == "main"}
     note = (
-        f"{len(runs)} runs are those of {where}: `{earlier['command']}`, {earlier['machine']['device_name']}, "
-        f"torch {earlier['torch']}, {earlier['date']}; {earlier['hours_used']:.1f} h"
+        f"{len(runs)} runs are those of {about['declared']['extends']}: `{earlier['command']}`, "
+        f"{earlier['machine']['device_name']}, torch {earlier['torch']}, {earlier['date']}; "
+        f"{earlier['hours_used']:.1f} h"
     )
     return about | {
         "runs": runs + about["runs"],
@@ -41,13 +51,13 @@ def join(earlier: dict[str, Any], about: dict[str, Any], where: Path) -> dict[st
     }
 
 
-def _same_keys(what: str, then: Any, now: Any, where: Path) -> None:
+def _same_keys(what: str, then: Any, now: Any, where: str) -> None:
     before, after = flat(then), flat(now)
     for key in sorted(before.keys() | after.keys()):
         if key not in FREE:
             _same(f"{what}, key '{key}'", before.get(key), after.get(key), where)
 
 
-def _same(what: str, then: Any, now: Any, where: Path) -> None:
+def _same(what: str, then: Any, now: Any, where: str) -> None:
     if then != now:
         raise StudyError(f"extends {where}: {what} is {then!r} there and {now!r} here: its runs cannot be compared")

@@ -85,9 +85,8 @@ def headline(report: dict[str, Any]) -> list[str]:
         )
         if best["flops_best"]:
             lines.append(
-                f"Against the best dense model of any size and length, at its own final loss: "
-                f"{times(best['flops_best'])} "
-                f"times in FLOPs, {times(best['seconds_best'])} times on the clock."
+                "Against the best dense model of any size and length, at its own final loss: "
+                f"{times(best['flops_best'])} times in FLOPs, {times(best['seconds_best'])} times on the clock."
             )
     status = {s: sum(r["status"] == s for r in report["runs"]) for s in ("done", "failed", "stopped", "not run")}
     lines.append("Runs: " + ", ".join(f"{n} {s}" for s, n in status.items() if n) + ".")

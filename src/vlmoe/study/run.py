@@ -32,7 +32,7 @@ from vlmoe.study.collect import Row, row_of
 from vlmoe.study.declare import Study, StudyError, to_mapping
 from vlmoe.study.grid import Model, Plan, Run, carried_rate, count, make_plan, recipe_of
 from vlmoe.study.measure import data_shapes
-from vlmoe.study.plan import duration, read_report
+from vlmoe.study.plan import duration
 from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
 from vlmoe.train.loop import pick_device
 from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer
@@ -83,9 +83,7 @@ def study(
         base = load_recipe(declared.recipe, declared.set)
         shapes = data_shapes(base, _text_tokenizer(base, out, declared.seeds[0], console))
         count(plan, shapes)
-        earlier = Path(declared.extends) if declared.extends else None
-        if earlier is not None:
-            extend.check(read_report(earlier), _declared(plan, base), earlier)
+        earlier = extend.read_earlier(_declared(plan, base))
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
         tokenizers, timed = _tokenizer_jobs(work, base), _measure_jobs(work, base)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
@@ -120,7 +118,7 @@ def _declared(plan: Plan, base: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _report(work: Work, base: Recipe, earlier: Path | None) -> dict[str, Any]:
+def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any]:
     from vlmoe.study.report import write_report  # matplotlib is slow to import
 
     rows = rows_of(work)
@@ -141,7 +139,7 @@ def _report(work: Work, base: Recipe, earlier: Path | None) -> dict[str, Any]:
         "command": shlex.join(["vlmoe", *sys.argv[1:]]), "runs": rows,
     }  # fmt: skip
     if earlier is not None:
-        about = extend.join(read_report(earlier), about, earlier)
+        about = extend.join(earlier, about)
     return write_report(about, work.out, work.console)
 
 
