@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from vlmoe.config import RecipeError, WorldConfig
+from vlmoe.data.world.languages import LANGUAGES
 from vlmoe.data.world.scene import HELD_OUT_FACE, PLACES, Scene, SceneObject, held_out_colours, relations
 from vlmoe.data.world.tasks import WorldExamples, task_splits
 from vlmoe.data.world.tasks.examples import TASKS
@@ -185,8 +187,10 @@ def test_every_label_follows_from_the_scenes() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- nli
-def test_neither_text_alone_tells_the_class_and_both_do() -> None:
-    train, val = WorldExamples("nli", WORLD, "train"), WorldExamples("nli", WORLD, "val")
+@pytest.mark.parametrize("languages", [["en"], ["en", "de", "fr", "es"]])
+def test_neither_text_alone_tells_the_class(languages: list[str]) -> None:
+    world = replace(WORLD, languages=languages)
+    train, val = WorldExamples("nli", world, "train"), WorldExamples("nli", world, "val")
     rows = [[source.truth(i) for i in range(n)] for source, n in ((train, 3000), (val, 1500))]
     for part in ("text", "text_pair"):
         words = CountVectorizer(ngram_range=(1, 2))
@@ -215,7 +219,61 @@ def test_the_class_follows_from_what_the_premise_says() -> None:
         assert e.label == wanted, (e.text, e.text_pair)
 
 
-def test_mismatched_wordings_are_never_in_training() -> None:
+def test_two_languages_say_the_premise_and_the_hypothesis() -> None:
+    world = replace(WORLD, languages=["en", "de", "fr", "es"])
+    definite = {"en": ("the",), "de": ("die", "das"), "fr": ("le",), "es": ("el",)}
+    seen = set()
+    for e in map(WorldExamples("nli", world, "train").truth, range(2000)):
+        assert e.text is not None and e.text_pair is not None
+        first, second = e.factors["languages"].split("-")
+        seen.add((first, second))
+        assert e.text_pair.split()[0] in definite[second]
+        table = f"{e.factors['attribute']}s"  # colours, sizes, places
+        words = getattr(LANGUAGES[second], table)
+        claimed = max((v for v in words if e.text_pair.endswith(f" {words[v]}")), key=lambda v: len(words[v]))
+        assert e.label != 0 or getattr(LANGUAGES[first], table)[claimed] in e.text
+    assert len(seen) == 12 and all(a != b for a, b in seen)
+
+
+@pytest.mark.parametrize(
+    ("language", "split", "number", "premise", "hypothesis"),
+    [
+        ("de", "train", 3, "ein kleines schwarzes Zeichen circumflex accent", "das Zeichen circumflex accent ist weiß"),
+        ("de", "mismatched", 7, "man sieht ein großes Zeichen latin capital letter i oben in der Mitte und eine rote "
+         "Ziffer drei oben in der Mitte", "oben in der Mitte sieht man die Ziffer drei"),
+        ("fr", "train", 0, "il y a un caractère cyrillic capital letter soft sign vert en bas à droite",
+         "le caractère cyrillic capital letter soft sign est en bas à droite"),
+        ("fr", "mismatched", 0, "on voit un grand caractère greek capital letter omega bleu",
+         "grand est le caractère greek capital letter omega"),
+        ("es", "train", 1, "un carácter greek capital letter omega pequeño y verde",
+         "el carácter greek capital letter omega es grande"),
+        ("es", "mismatched", 7, "se ve un carácter latin capital letter i grande arriba en el centro y un dígito tres "
+         "rojo arriba en el centro", "arriba en el centro se encuentra el dígito tres"),
+    ],
+)  # fmt: skip
+def test_a_world_of_one_language_says_both_in_it(
+    language: str, split: str, number: int, premise: str, hypothesis: str
+) -> None:
+    e = WorldExamples("nli", replace(WORLD, languages=[language]), split).truth(number)
+    assert (e.text, e.text_pair) == (premise, hypothesis)
+    assert set(e.factors) == {"attribute"}
+
+
+def test_an_unknown_language_is_named() -> None:
+    with pytest.raises(
+        RecipeError, match=r"'data.world.languages' got \['xx'\], wanted at least one of en, de, fr, es"
+    ):
+        WorldExamples("nli", replace(WORLD, languages=["en", "xx"]), "train")
+
+
+@pytest.mark.parametrize("language", list(LANGUAGES))
+def test_mismatched_wordings_are_never_in_training(language: str) -> None:
+    ways = LANGUAGES[language]
+    assert not set(ways.premises["matched"]) & set(ways.premises["mismatched"])
+    assert not set(ways.hypotheses["matched"].values()) & set(ways.hypotheses["mismatched"].values())
+    assert {tuple(h) for h in ways.hypotheses.values()} == {("colour", "size", "place")}
+    if language != "en":
+        return
     train, other = WorldExamples("nli", WORLD, "train"), WorldExamples("nli", WORLD, "mismatched")
     starts = [{(e.text_pair or "").split()[0] + str("is the" in (e.text_pair or "")) for e in map(s.truth, range(300))}
               for s in (train, other)]  # fmt: skip

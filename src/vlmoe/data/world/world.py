@@ -11,7 +11,7 @@ from vlmoe.data.sample import KINDS, Sample, Span
 from vlmoe.data.world.captions import captioner
 from vlmoe.data.world.draws import Draws
 from vlmoe.data.world.facts import state_fact
-from vlmoe.data.world.languages import LANGUAGES
+from vlmoe.data.world.languages import LANGUAGES, languages_of
 from vlmoe.data.world.phrases import SPAN_FACTORS
 from vlmoe.data.world.render import PATCH_FACTORS, patch_factors, render
 from vlmoe.data.world.scene import Scene, SceneMaker
@@ -42,10 +42,7 @@ class World:
             raise RecipeError(f"the world has no samples of kind '{kind}': it has {', '.join(KINDS)}")
         if patch is not None and (patch < 1 or config.image_size % patch):
             raise RecipeError(f"key 'data.world.image_size' got {config.image_size}, wanted a multiple of {patch}")
-        unknown = [code for code in config.languages if code not in LANGUAGES]
-        if unknown or not config.languages:
-            wanted = f"at least one of {', '.join(LANGUAGES)}"
-            raise RecipeError(f"key 'data.world.languages' got {unknown or config.languages!r}, wanted {wanted}")
+        languages_of(config.languages)  # raises for one that is not here
         for name in ("captions_in_text", "said_twice"):
             share = getattr(config, name)
             if not 0 <= share <= 1:

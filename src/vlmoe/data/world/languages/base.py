@@ -43,6 +43,11 @@ class Language:
     second in the form after a relation; `{name1}` `{size1}` `{colour1}` `{place1}` `{article1}` are its parts;
     `{relation}`, `{count}`, `{background}` belong to the scene. Of a fact: see `facts.py`.
 
+    Of premises and hypotheses (NLI), by wording ("matched", "mismatched": never seen in training) and of hypotheses by
+    attribute: `{x}` is one object, or two with the conjunction between; `{the}` the definite article of the noun,
+    `{name}` and `{value}`. `objects` has the way with size and colour first, then that with the colour alone, `sized`
+    that with the size alone.
+
     article(word that follows, case, digit) and inflect(slot, word, case, digit) give the form; case is "nom" (subject
     or object), "dat" (after a relation) or "pred" (standing alone: "large and red"); digit tells the two nouns apart.
     """
@@ -63,5 +68,10 @@ class Language:
     two: tuple[str, ...]
     many: tuple[str, ...]
     facts: dict[str, tuple[str, ...]]
+    sized: str
+    definite: dict[str, str]
+    conjunction: str
+    premises: dict[str, tuple[str, ...]]
+    hypotheses: dict[str, dict[str, str]]
     article: Callable[[str, str, bool], str]
     inflect: Callable[[str, str, str, bool], str] = no_inflection

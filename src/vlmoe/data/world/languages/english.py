@@ -65,5 +65,17 @@ ENGLISH = Language(
         "upper": ("the uppercase form of {name} is {name2}", "in upper case {name} becomes {name2}"),
         "parts": ("{name} decomposes into {name2} and {name3}", "{name2} and {name3} compose {name}"),
     },
+    sized="{article} {size} {name}",
+    definite={"digit": "the", "character": "the"},
+    conjunction="and",
+    premises={"matched": ("there is {x}", "{x}", "here is {x}"), "mismatched": ("a picture of {x}", "one can see {x}")},
+    hypotheses={
+        "matched": dict.fromkeys(("colour", "size", "place"), "{the} {name} is {value}"),
+        "mismatched": {
+            "colour": "{value} is the colour of {the} {name}",
+            "size": "{value} is the size of {the} {name}",
+            "place": "{value} stands {the} {name}",
+        },
+    },
     article=_article,
 )

@@ -92,5 +92,16 @@ FRENCH = Language(
         "upper": ("{name} a pour majuscule {name2}", "en majuscule, {name} devient {name2}"),
         "parts": ("{name} se décompose en {name2} et {name3}", "{name2} et {name3} forment {name}"),
     },
+    sized="{article} {size} {name}",
+    definite={"digit": "le", "character": "le"},
+    conjunction="et",
+    premises={"matched": ("il y a {x}", "{x}", "voici {x}"), "mismatched": ("on voit {x}", "l'image montre {x}")},
+    hypotheses={
+        "matched": dict.fromkeys(("colour", "size", "place"), "{the} {name} est {value}"),
+        "mismatched": {
+            "colour": "la couleur du {name} est {value}", "size": "{value} est {the} {name}",
+            "place": "{value} se trouve {the} {name}",
+        },
+    },
     article=_article,
 )  # fmt: skip

@@ -99,6 +99,23 @@ GERMAN = Language(
         "upper": ("die Großform von {name} ist {name2}", "groß geschrieben wird {name} zu {name2}"),
         "parts": ("{name} zerfällt in {name2} und {name3}", "{name2} und {name3} ergeben {name}"),
     },
+    sized="{article} {size} {name}",
+    definite={"digit": "die", "character": "das"},
+    conjunction="und",
+    premises={
+        "matched": ("hier steht {x}", "{x}", "es gibt {x}"),
+        "mismatched": ("man sieht {x}", "das Bild zeigt {x}"),
+    },
+    hypotheses={
+        "matched": {
+            "colour": "{the} {name} ist {value}", "size": "{the} {name} ist {value}",
+            "place": "{the} {name} steht {value}",
+        },
+        "mismatched": {
+            "colour": "von Farbe ist {the} {name} {value}", "size": "von Größe ist {the} {name} {value}",
+            "place": "{value} sieht man {the} {name}",
+        },
+    },
     article=_article,
     inflect=_inflect,
 )  # fmt: skip

@@ -93,5 +93,19 @@ SPANISH = Language(
         "upper": ("la mayúscula de {name} es {name2}", "en mayúscula {name} pasa a ser {name2}"),
         "parts": ("{name} se descompone en {name2} y {name3}", "{name2} y {name3} forman {name}"),
     },
+    sized="{article} {name} {size}",
+    definite={"digit": "el", "character": "el"},
+    conjunction="y",
+    premises={"matched": ("hay {x}", "{x}", "aquí hay {x}"), "mismatched": ("se ve {x}", "la imagen muestra {x}")},
+    hypotheses={
+        "matched": {
+            "colour": "{the} {name} es {value}", "size": "{the} {name} es {value}",
+            "place": "{the} {name} está {value}",
+        },
+        "mismatched": {
+            "colour": "el color del {name} es {value}", "size": "el tamaño del {name} es {value}",
+            "place": "{value} se encuentra {the} {name}",
+        },
+    },
     article=_article,
 )  # fmt: skip

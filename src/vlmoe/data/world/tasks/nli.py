@@ -2,29 +2,21 @@
 
 The hypothesis is drawn first, then the class, then a premise that fits both: of three attributes it states two, among
 them the one asked for unless the class is neutral. Which two is as likely in every class, so neither text alone tells
-the class.
+the class. In a world of several languages the two are in different ones, so that equal words do not tell it either.
 """
 
 from __future__ import annotations
 
 from vlmoe.config import WorldConfig
+from vlmoe.data.world.captions import name_pieces
 from vlmoe.data.world.concepts import Concept, concepts
 from vlmoe.data.world.draws import Draws
+from vlmoe.data.world.languages import Language, languages_of
 from vlmoe.data.world.scene import COLOURS, PLACES, SIZES
-from vlmoe.data.world.tasks.made import PLACE_WORDS, Made, article
+from vlmoe.data.world.tasks.made import Made
 
 LABELS = ("entailment", "neutral", "contradiction")
 ATTRIBUTES = ("colour", "size", "place")
-# Ways of putting things; those of "mismatched" are never seen in training.
-PREMISES = {"matched": ("there is {x}", "{x}", "here is {x}"), "mismatched": ("a picture of {x}", "one can see {x}")}
-HYPOTHESES = {
-    "matched": {"colour": "the {name} is {value}", "size": "the {name} is {value}", "place": "the {name} is {value}"},
-    "mismatched": {
-        "colour": "{value} is the colour of the {name}",
-        "size": "{value} is the size of the {name}",
-        "place": "{value} stands the {name}",
-    },
-}
 
 
 class Entailment:
@@ -34,6 +26,7 @@ class Entailment:
         self.values = {"colour": list(COLOURS)[: config.colours], "size": list(SIZES), "place": list(PLACES)}
         self.attributes = [a for a in ATTRIBUTES if len(self.values[a]) > 1]
         self.wording = "mismatched" if split == "mismatched" else "matched"
+        self.languages = languages_of(config.languages)
 
     def __call__(self, draws: Draws) -> Made:
         concept, asked = draws.choice(self.concepts), draws.choice(self.attributes)
@@ -45,18 +38,49 @@ class Entailment:
             facts[asked] = value
             if LABELS[label] == "contradiction":
                 facts[asked] = draws.choice([v for v in self.values[asked] if v != value])
-        said = [self._say(concept, facts)]
+        said = [(concept, facts)]
         if self.max_objects > 1 and len(self.concepts) > 1 and draws.below(2):
             other = draws.choice([c for c in self.concepts if c is not concept])
             kept = draws.choice(self.attributes)
-            facts = {a: draws.choice(self.values[a]) for a in self.attributes if a != kept}
-            said.insert(draws.below(2), self._say(other, facts))
-        premise = draws.choice(PREMISES[self.wording]).format(x=" and ".join(said))
-        words = PLACE_WORDS[value] if asked == "place" else value
-        hypothesis = HYPOTHESES[self.wording][asked].format(name=concept.name, value=words)
-        return Made((), premise, hypothesis, label=label, factors={"attribute": asked})
+            told = {a: draws.choice(self.values[a]) for a in self.attributes if a != kept}
+            said.insert(draws.below(2), (other, told))
+        way = draws.below(len(self.languages[0].premises[self.wording]))
+        first = second = self.languages[0]
+        if len(self.languages) > 1:
+            first = draws.choice(self.languages)
+            second = draws.choice([language for language in self.languages if language is not first])
+        things = f" {first.conjunction} ".join(_object(first, *thing) for thing in said)
+        premise = first.premises[self.wording][way].format(x=things)
+        hypothesis = _claim(second, self.wording, concept, asked, value)
+        factors = {"attribute": asked}
+        if len(self.languages) > 1:
+            factors["languages"] = f"{first.code}-{second.code}"
+        return Made((), premise, hypothesis, label=label, factors=factors)
 
-    @staticmethod
-    def _say(concept: Concept, facts: dict[str, str]) -> str:
-        words = " ".join([*(facts[a] for a in ("size", "colour") if a in facts), concept.name])
-        return article(words) + (f" {PLACE_WORDS[facts['place']]}" if "place" in facts else "")
+
+def _name(language: Language, concept: Concept) -> str:
+    return " ".join(
+        words for words, _ in name_pieces(language, concept.sort, concept.label, {}, concept.kind == "digit")
+    )
+
+
+def _object(language: Language, concept: Concept, facts: dict[str, str]) -> str:
+    """ "eine kleine rote Ziffer sieben oben links", with those of size, colour and place that are in `facts`."""
+    digit, words = concept.kind == "digit", {"name": _name(language, concept)}
+    for slot, table in (("size", language.sizes), ("colour", language.colours)):
+        if slot in facts:
+            words[slot] = language.inflect(slot, table[facts[slot]], "nom", digit)
+    way = language.objects["size" not in facts] if "colour" in facts else language.sized
+    said = way.removeprefix("{article} ").format(**words)
+    place = f" {language.places[facts['place']]}" if "place" in facts else ""
+    return f"{language.article(said, 'nom', digit)} {said}{place}"
+
+
+def _claim(language: Language, wording: str, concept: Concept, asked: str, value: str) -> str:
+    table = {"colour": language.colours, "size": language.sizes, "place": language.places}[asked]
+    digit = concept.kind == "digit"
+    return language.hypotheses[wording][asked].format(
+        the=language.definite["digit" if digit else "character"],
+        name=_name(language, concept),
+        value=language.inflect(asked, table[value], "pred", digit),
+    )
