@@ -152,6 +152,28 @@ def test_mistakes_name_the_key(tmp_path: Path) -> None:
         load_study("tiny", ["jobs"])
 
 
+def test_a_study_can_be_like_another(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(TEXT + "sweep: {rates: [1e-3], steps: 50}\nbudget: {hours: 3}\n")
+    second.write_text(f"like: {first}\nset: [train.lr=1e-3]\nseeds: [2]\nsweep: {{rates: []}}\n")
+    one, two = load_study(str(first)), load_study(str(second))
+    assert (two.name, two.seeds, two.sweep.rates, two.sweep.steps) == ("second", [2], [], 50)
+    assert (two.dense, two.steps, two.budget) == (one.dense, one.steps, one.budget)
+    assert two.set == [*one.set, "train.lr=1e-3"]
+    third = tmp_path / "third.yaml"
+    for more, message in (
+        ("like: wold", "did you mean 'world'"),
+        ("like: 3", "key 'like' got 3, wanted the name or file of another study"),
+        (f"like: {third}", "key 'like' got .* wanted the name or file of another study"),
+        (f"like: {first}\nsedes: [1]", "third.yaml: unknown key 'sedes': did you mean 'seeds'"),
+        (f"like: {first}\nset: train.lr=1", "third.yaml: key 'set' got 'train.lr=1', wanted a list"),
+        (f"like: {first}\nsweep: 5", "third.yaml: key 'sweep'"),
+    ):
+        third.write_text(more + "\n")
+        with pytest.raises(StudyError, match=message):
+            load_study(str(third))
+
+
 @pytest.mark.parametrize("name", study_names())
 def test_packaged_studies_are_equal_in_compute(name: str, tmp_path: Path) -> None:
     declared = load_study(name)

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmoe.config import TASKS, UserError
@@ -22,6 +22,7 @@ from vlmoe.config import TASKS, UserError
 AXES = ("width", "depth", "experts", "k", "granularity", "shared", "expert_size", "placement", "layers")
 PLACEMENTS = ("vision", "text", "both")
 EQUAL = "equal"
+LIKE = "like"  # names the study whose keys count where this one has none
 
 
 class StudyError(UserError):
@@ -123,15 +124,11 @@ def study_names() -> list[str]:
 def load_study(study: str, overrides: list[str] | None = None) -> Study:
     """Read a packaged study by name or a YAML file by path, then apply `key=value` overrides.
 
+    With `like: OTHER`, keys that the file leaves out are those of the study OTHER, and its `set` is added to OTHER's.
+
     Raises StudyError: no such study, unreadable YAML, unknown key, impossible value.
     """
-    text, name = _read(study)
-    try:
-        given = OmegaConf.create(text)
-    except Exception as error:
-        raise StudyError(f"study {study}: not valid YAML: {error}") from None
-    if not isinstance(given, DictConfig):
-        raise StudyError(f"study {study}: expected a mapping of keys at the top, got {type(given).__name__}")
+    given, name = _given(study)
     for override in overrides or []:
         key, sep, value = override.partition("=")
         if not sep or not key:
@@ -170,6 +167,27 @@ LABELS = {
     "width": "w", "depth": "d", "experts": "e", "k": "k", "granularity": "g", "shared": "s", "expert_size": "h",
     "placement": "", "layers": "",
 }  # fmt: skip
+
+
+def _given(study: str, within: tuple[str, ...] = ()) -> tuple[DictConfig, str]:
+    """What a study's file says on top of the one it is like, and the study's name."""
+    text, name = _read(study)
+    try:
+        given = OmegaConf.create(text)
+    except Exception as error:
+        raise StudyError(f"study {study}: not valid YAML: {error}") from None
+    if not isinstance(given, DictConfig):
+        raise StudyError(f"study {study}: expected a mapping of keys at the top, got {type(given).__name__}")
+    like = given.pop(LIKE, None)
+    if like is None:
+        return given, name
+    if not isinstance(like, str) or like in (*within, study):
+        raise StudyError(f"study {study}: key '{LIKE}' got {like!r}, wanted the name or file of another study")
+    other, _ = _given(like, (*within, study))
+    added = given.pop("set", ListConfig([]))
+    if not isinstance(added, ListConfig):
+        raise StudyError(f"study {study}: key 'set' got {added!r}, wanted a list of changes to the recipe")
+    return OmegaConf.merge(other, given, {"set": [*other.get("set", []), *added]}), name  # type: ignore[return-value]
 
 
 def _read(study: str) -> tuple[str, str]:
