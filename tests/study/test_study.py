@@ -121,6 +121,23 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(launches: dict[str, Any])
         assert "/nowhere" in (out / name).read_text(), name
 
 
+def test_the_report_says_which_words_are_learned(launches: dict[str, Any]) -> None:
+    done = [row for row in launches["second report"]["runs"] if row["status"] == "done"]
+    for row in done:
+        classes = {key.removeprefix("seen:") for key in row if key.startswith("seen:")}
+        assert {"name", "kind", "colour", "place"} <= classes
+        assert all(0 <= row[f"{view}:{word}"] <= 1 for view in ("seen", "blind") for word in classes)
+    row = next(r for r in done if r["run"] == "fine-6-seed0")
+    text = (launches["out"] / "study.md").read_text().partition("## Words by class")[2].partition("## ")[0]
+    head, cells = (
+        [c.strip() for c in line.split("|")] for line in text.splitlines() if line.startswith(("| model", "| fine"))
+    )
+    assert cells[head.index("colour")] == f"{100 * row['seen:colour']:.0f} / {100 * row['blind:colour']:.0f}"
+    with (launches["out"] / "runs.csv").open() as lines:
+        written = {r["run"]: r for r in csv.DictReader(lines)}
+    assert float(written["fine-6-seed0"]["seen:colour"]) == row["seen:colour"]
+
+
 def test_a_study_goes_on_where_another_ended(launches: dict[str, Any], tmp_path: Path) -> None:
     """Longer runs of its own beside the earlier study's finished ones, in every table."""
     longer = ["steps=[9]", "sparse.0.name=other", "sparse.0.set=[]", "sparse.0.steps=[9]"]

@@ -53,7 +53,7 @@ def row_of(plan: Plan, run: Run, job: Job, rate: float | None, measured: dict[st
     }  # fmt: skip
     if job.done:
         found = job.read()
-        row |= {k: v for k, v in found.items() if k in COLUMNS}
+        row |= {k: v for k, v in found.items() if k in COLUMNS or ":" in k}
         row["flops"] = run.flops * (1 + found["repeated"] / run.steps)
         row["flops_per_second"] = row["flops"] / found["seconds"]
     elif job.failed:
@@ -97,7 +97,7 @@ def write_table(rows: Sequence[Row], out: Path) -> None:
 
 
 def extra_columns(rows: Sequence[Row]) -> list[str]:
-    """Downstream scores, "vqa.accuracy" and the like."""
+    """Downstream scores, "vqa.accuracy" and the like, and accuracies by word class, "seen:name"."""
     return list(dict.fromkeys(k for row in rows for k in row if k not in COLUMNS))
 
 

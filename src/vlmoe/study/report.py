@@ -108,6 +108,7 @@ def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section |
         Section("Loss against compute, time and memory", FRONTIER_TEXT, picture=draw.FRONTIER),
         _saved_section(report),
         _models_section(report),
+        _words_section(report),
         _ablation_section(report, scores),
         _downstream_section(report, scores),
         _law_section(report),
@@ -168,6 +169,30 @@ def _models_section(report: dict[str, Any]) -> Section | None:
             f"{mean:.3f}{spread}",
         ])  # fmt: skip
     return Section("Models and lengths", "Held-out loss in nats, mean [least, most] over seeds.", head, body)
+
+
+def _words_section(report: dict[str, Any]) -> Section | None:
+    """Which words are learned: equal losses can hide that a class of words is not learned by anyone."""
+    done = finished(report["runs"])
+    columns = [c for c in extra_columns(done) if c.startswith("seen:")]
+    longest = {model: max(r["steps"] for r in runs) for model, runs in groups(done, "model").items()}
+    rows = [r for r in done if r["steps"] == longest[r["model"]] and any(r.get(c) is not None for c in columns)]
+    if not rows:
+        return None
+    body = []
+    for (model, steps), runs in groups(rows, "model", "steps").items():
+        cells = [
+            " / ".join(f"{100 * over_seeds(runs, c)[0]:.0f}" for c in (seen, seen.replace("seen:", "blind:")))
+            for seen in columns
+        ]
+        body.append([model, f"{steps:,}", str(len(runs)), *cells])
+    text = (
+        "Hidden words of held-out captions filled in rightly, %, with the image / without it, by class of word; "
+        "each model's longest runs, mean over seeds."
+    )
+    return Section(
+        "Words by class", text, ["model", "steps", "seeds", *(c.removeprefix("seen:") for c in columns)], body
+    )
 
 
 def _ablation_section(report: dict[str, Any], scores: Sequence[str]) -> Section | None:

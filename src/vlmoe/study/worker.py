@@ -35,6 +35,7 @@ from vlmoe.train.runlog import EVENTS, METRICS, read_lines, replace_text
 
 JOB, RESULT, FAILED, LOG = "job.json", "result.json", "failed.json", "log.txt"
 SPLIT = "val"
+WORD_VIEWS = ("seen", "blind")  # with the image and without
 
 
 def do(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], int | None]:
@@ -83,23 +84,25 @@ def _finetune(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], int | 
 
 
 def held_out_scores(trained: Pretrained, recipe: Recipe) -> dict[str, float]:
-    """loss (hidden words + hidden patches, nats), each of them, accuracy on hidden words with and without the image; of
-    pairs, or else of the kind that the run trains on."""
+    """loss (hidden words + hidden patches, nats), each of them, accuracy on hidden words with and without the image, in
+    all and by word class where the data knows it ("seen:name", "blind:name"); of pairs, or else of the kind that the
+    run trains on."""
     kind = next(k for k in ("pair", "image", "text") if getattr(recipe.data.batch, k))
     device = pick_device(recipe.train.device)
 
-    def batches() -> Iterable[Batch]:
+    def batches(factors: bool = False) -> Iterable[Batch]:
         count = min(recipe.eval.samples, held_out_size(recipe, SPLIT, kind))
         for start in range(0, count, recipe.eval.batch):
             size = min(recipe.eval.batch, count - start)
-            yield held_out(recipe, trained.text_tokenizer, SPLIT, kind, start, size).to(device)
+            yield held_out(recipe, trained.text_tokenizer, SPLIT, kind, start, size, factors).to(device)
 
     found = losses(trained.model, batches())
     scores = {"loss": found["sum"]}
     scores |= {name: found[key] for key, name in (("mlm", "loss_words"), ("mim", "loss_patches")) if key in found}
     if kind == "pair":
-        text = text_scores(trained.model, batches())
+        text = text_scores(trained.model, batches(factors=True))
         scores |= {"accuracy_words": text["seen"]["accuracy"], "accuracy_blind": text["blind"]["accuracy"]}
+        scores |= {f"{view}:{word}": by[view] for view in WORD_VIEWS for word, by in text["by_word_class"].items()}
     return scores
 
 
