@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.train.toy import ToyTask, toy_task
 from vlmoe.config import TrainConfig
+from vlmoe.model.embed import ImageEmbedding
 from vlmoe.moe import MoELayer
 from vlmoe.moe.soft import SoftMoELayer
 from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
@@ -77,6 +78,25 @@ def test_experts_and_routers_have_rates_of_their_own() -> None:
         {name: rate for name, (rate, _) in expected.items()}
     )
     assert len(make_optimizer(task, TrainConfig()).param_groups) == 2  # by default nothing is told apart
+
+
+@pytest.mark.parametrize(
+    ("width", "patch_lr", "factor"),
+    [(8, None, 8 / 48), (48, None, 1.0), (96, None, 1.0), (8, 1.0, 1.0), (96, 0.5, 0.5)],
+)
+def test_the_projection_of_patches_has_a_rate_of_its_own(width: int, patch_lr: float | None, factor: float) -> None:
+    class Seeing(ToyTask):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image = ImageEmbedding(width, image_size=8, patch=4)  # 48 inputs
+
+    task = Seeing()
+    optimizer = make_optimizer(task, TrainConfig(patch_lr=patch_lr))
+    set_learning_rate(optimizer, 0.1)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in task.named_parameters():
+        expected = 0.1 * factor if name == "image.project.weight" else 0.1
+        assert rate[id(parameter)] == pytest.approx(expected), name
 
 
 def test_a_parameter_in_no_group_is_an_error() -> None:

@@ -175,6 +175,7 @@ class TrainConfig:
     lr: float = 1e-3
     expert_lr: float = 1.0  # factor on lr for routed experts: each learns from k / E of the tokens
     router_lr: float = 1.0  # factor on lr for routers
+    patch_lr: float | None = None  # factor on lr for the projection of patches; null: width over inputs, at most 1
     min_lr: float = 1e-5
     warmup: int = 100  # steps
     beta1: float = 0.9

@@ -123,6 +123,8 @@ def _train(t: TrainConfig, need: Need) -> None:
         need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
     for f in ("lr", "expert_lr", "router_lr"):
         need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
+    wanted = "a positive number, or null for width over inputs"
+    need(t.patch_lr is None or t.patch_lr > 0, "train.patch_lr", t.patch_lr, wanted)
     for f in ("min_lr", "warmup", "clip", "weight_decay"):
         need(getattr(t, f) >= 0, f"train.{f}", getattr(t, f), "a number not below 0")
     for f in ("beta1", "beta2"):

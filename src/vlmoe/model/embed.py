@@ -49,6 +49,15 @@ class ImageEmbedding(nn.Module):
         self.position.zero_()
         self.position[0, 1:] = POSITION_SCALE * sincos_2d(side, self.position.shape[-1])
 
+    def rate_by_fan_in(self) -> float:
+        """Factor on the learning rate of the projection's matrix, width over inputs, at most 1.
+
+        A step of Adam changes each weight by about its rate, so an output of n inputs that vary together by n times the
+        rate. Where a patch has far more values than the model is wide, that is far more than in any other layer, and
+        what patches show drowns in it; so the rate falls with n, as Yang et al. 2022 (muP) have it for hidden matrices.
+        """
+        return min(1.0, self.project.out_features / self.project.in_features)
+
     def forward(self, image_BCHW: Tensor, mask_BP: Tensor | None = None) -> Part:
         """image_BCHW: uint8 (B, 3, image_size, image_size). mask_BP: True where the patch is hidden.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmoe.config import TrainConfig
+from vlmoe.model.embed import ImageEmbedding
 from vlmoe.moe.experts import Experts
 from vlmoe.moe.routers import Router
 from vlmoe.moe.soft import SoftRouter
@@ -29,8 +30,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
     """Fused AdamW over the task's own parameter groups.
 
-    A group may carry `lr_scale`, a factor on the schedule's rate (layer-wise decay, faster heads). `config.expert_lr`
-    and `config.router_lr` are factors on it for routed experts and routers.
+    A group may carry `lr_scale`, a factor on the schedule's rate (layer-wise decay, faster heads). `config.expert_lr`,
+    `config.router_lr` and `config.patch_lr` are factors on it for routed experts, routers and the matrix that projects
+    patches (None: `ImageEmbedding.rate_by_fan_in`).
 
     Raises:
         ValueError: a trainable parameter is in no group, so it would silently stay as it is.
@@ -45,6 +47,11 @@ def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
             groups = _scaled(
                 groups, {id(p) for m in task.modules() if isinstance(m, kind) for p in m.parameters()}, factor
             )
+    for module in task.modules():
+        if isinstance(module, ImageEmbedding):
+            factor = module.rate_by_fan_in() if config.patch_lr is None else config.patch_lr
+            if factor != 1.0:
+                groups = _scaled(groups, {id(module.project.weight)}, factor)
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
