@@ -34,6 +34,7 @@ from vlmoe.evaluate.downstream import UNITS
 BLIND = {"vqa": "image", "nli": "text", "caption": "image"}  # NLVR2 is at 50% without images by construction
 METRICS = {"vqa": "accuracy", "nlvr2": "accuracy", "retrieval": "mean_recall", "classify": "accuracy",
            "nli": "accuracy", "caption": "CIDEr"}  # fmt: skip
+KINDS_OF = {"pretrained": "", "scratch": "scratch "}  # reported by kind of example: what their names begin with
 VARIANTS = ("pretrained", "scratch", "fresh words", "blind", "another's input", "best guess")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # of n values, n - 1 degrees of freedom
 
@@ -88,9 +89,11 @@ def collect(runs: Path, seeds: list[int], tasks: list[str]) -> dict[str, Any]:
             named = {variant: row["scores"]}
             if variant == "pretrained":
                 named |= {"best guess": row["guess"], "another's input": row.get("swapped", {}).get("scores", {})}
+            if variant in KINDS_OF:
                 for factor, values in row["by"].items():
                     for value, found in values.items():
-                        named |= {f"{factor}={value}": found["scores"], f"guess {factor}={value}": found["guess"]}
+                        named |= {f"{KINDS_OF[variant]}{factor}={value}": found["scores"]}
+                        named |= {f"guess {factor}={value}": found["guess"]}
             for name, scores in named.items():
                 for metric, score in scores.items():
                     if score["n"]:
@@ -131,14 +134,14 @@ def tables(tasks: dict[str, Any]) -> str:
             for split, rows in splits.items()
         ]
         first = next(iter(splits.values()))
-        for name in [name for name in first if "=" in name and not name.startswith("guess")]:
-            guess = first.get(f"guess {name}", {}).get(metric)
-            by_kind.append([task, name.replace("=", " "), cell(first[name][metric]), cell(guess)])
+        for name in [name for name in first if "=" in name and not name.startswith(("guess ", "scratch "))]:
+            others = [cell(first.get(f"{of} {name}", {}).get(metric)) for of in ("scratch", "guess")]
+            by_kind.append([task, name.replace("=", " "), cell(first[name][metric]), *others])
     return "\n\n".join(
         [
             table(["val", *VARIANTS], compared),
             table(["task", "split", "pretrained", "scratch"], by_split),
-            table(["task", "examples", "pretrained", "best guess"], by_kind),
+            table(["task", "examples", "pretrained", "scratch", "best guess"], by_kind),
         ]
     )
 
