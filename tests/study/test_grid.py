@@ -182,6 +182,7 @@ def test_packaged_studies_are_equal_in_compute(name: str, tmp_path: Path) -> Non
     count(plan, data_shapes(base, tokenizer, 8))  # padding as the data has it, for experts skip it
     assert plan.runs
     assert plan.study.budget.hours
+    assert declared.extends in {"", *(f"runs/study-{other}" for other in study_names())}  # where `vlmoe study` puts it
 
 
 def test_expected_time_fills_the_lanes(tmp_path: Path) -> None:
