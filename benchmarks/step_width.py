@@ -65,12 +65,8 @@ class Trained:
         visual = VQTokenizer(m.image_size, m.patch, m.codes, vq.dim, vq.width)
         self.task = MaskedDataModelling(m, visual).to(device).train()
         self.task.prepare(device)
-        self.optimizer, self.batches, self.device, self.recipe = (
-            make_optimizer(self.task, recipe.train),
-            batches,
-            device,
-            recipe,
-        )
+        self.optimizer = make_optimizer(self.task, recipe.train)
+        self.batches, self.device, self.recipe = batches, device, recipe
 
     def step(self, n: int) -> float:
         """Seconds."""

@@ -267,13 +267,14 @@ def test_an_unknown_language_is_named() -> None:
 
 
 @pytest.mark.parametrize("language", list(LANGUAGES))
-def test_mismatched_wordings_are_never_in_training(language: str) -> None:
+def test_mismatched_wordings_are_others(language: str) -> None:
     ways = LANGUAGES[language]
     assert not set(ways.premises["matched"]) & set(ways.premises["mismatched"])
     assert not set(ways.hypotheses["matched"].values()) & set(ways.hypotheses["mismatched"].values())
     assert {tuple(h) for h in ways.hypotheses.values()} == {("colour", "size", "place")}
-    if language != "en":
-        return
+
+
+def test_mismatched_wordings_are_never_in_training() -> None:
     train, other = WorldExamples("nli", WORLD, "train"), WorldExamples("nli", WORLD, "mismatched")
     starts = [{(e.text_pair or "").split()[0] + str("is the" in (e.text_pair or "")) for e in map(s.truth, range(300))}
               for s in (train, other)]  # fmt: skip

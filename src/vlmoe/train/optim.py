@@ -42,16 +42,18 @@ def make_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
     left_out = [name for name, p in task.named_parameters() if p.requires_grad and id(p) not in grouped]
     if left_out:
         raise ValueError(f"{type(task).__name__}.parameter_groups leaves out {', '.join(left_out[:5])}")
-    for kind, factor in ((Experts, config.expert_lr), ((Router, SoftRouter), config.router_lr)):
-        if factor != 1.0:
-            groups = _scaled(
-                groups, {id(p) for m in task.modules() if isinstance(m, kind) for p in m.parameters()}, factor
-            )
+    scaled: dict[float, set[int]] = {}  # factor -> parameters
     for module in task.modules():
-        if isinstance(module, ImageEmbedding):
+        if isinstance(module, Experts):
+            scaled.setdefault(config.expert_lr, set()).update(map(id, module.parameters()))
+        elif isinstance(module, (Router, SoftRouter)):
+            scaled.setdefault(config.router_lr, set()).update(map(id, module.parameters()))
+        elif isinstance(module, ImageEmbedding):
             factor = module.rate_by_fan_in() if config.patch_lr is None else config.patch_lr
-            if factor != 1.0:
-                groups = _scaled(groups, {id(module.project.weight)}, factor)
+            scaled.setdefault(factor, set()).add(id(module.project.weight))
+    for factor, parameters in scaled.items():
+        if factor != 1.0:
+            groups = _scaled(groups, parameters, factor)
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
