@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from vlmoe.cli import app
 from vlmoe.config import load_recipe, to_mapping
-from vlmoe.study.declare import Budget, load_study
+from vlmoe.study.declare import Budget, StudyError, load_study
 from vlmoe.study.grid import count, make_plan
 from vlmoe.study.measure import data_shapes
 from vlmoe.study.schedule import Job, Meter, run_jobs
@@ -100,6 +100,17 @@ def test_another_declaration_in_the_folder_is_refused(launches: dict[str, Any]) 
     assert result.exit_code != 0
     assert "holds a run of another declaration (recipe.train.lr: 0.002 there, 0.1 now)" in str(result.exception)
     assert (out / "study.yaml").read_text() == then  # what is there stays what it says
+
+
+def test_a_recipe_may_describe_itself_anew(tmp_path: Path) -> None:
+    spec: dict[str, Any] = {"recipe": {"about": "an hour on a laptop", "train": {"lr": 0.1}}}
+    Job("one", tmp_path, spec).write()
+    (tmp_path / "metrics.jsonl").touch()
+    spec["recipe"]["about"] = "half an hour on a laptop"
+    Job("one", tmp_path, spec).check()
+    spec["recipe"]["train"] = {"lr": 0.2}
+    with pytest.raises(StudyError, match=r"recipe\.train\.lr: 0\.1 there, 0\.2 now"):
+        Job("one", tmp_path, spec).check()
 
 
 def test_a_second_launch_does_what_is_left_and_only_that(launches: dict[str, Any]) -> None:

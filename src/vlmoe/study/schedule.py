@@ -28,7 +28,8 @@ from vlmoe.train.signals import StopRequest
 USED = "used.json"
 GRACE = 60.0  # seconds that a job told to stop has for its checkpoint
 POLL = 0.05
-FREE = ("run.dir", "data.visual_tokenizer.path", "tokenizers", "init")  # change when a study's folder is moved
+MOVED = ("run.dir", "data.visual_tokenizer.path", "tokenizers", "init")  # change when a study's folder is moved
+FREE = (*MOVED, "recipe.about")  # what a recipe says of itself may be put into other words
 
 
 @dataclass
