@@ -16,7 +16,6 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,17 @@ import torch
 from downstream import table
 from moe_layer import machine
 from vlmoe.config import Recipe
-from vlmoe.data.loader import StepData
-from vlmoe.data.text_tokenizer import build_text_tokenizer
+from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
 from vlmoe.data.visual_tokenizer import VQTokenizer
 from vlmoe.model.accounting import account
 from vlmoe.study.declare import Grid, load_study
 from vlmoe.study.grid import make_plan, mean_account
-from vlmoe.study.measure import shapes_of
-from vlmoe.tasks.pretrain import MaskedDataModelling
-from vlmoe.train.optim import clip_gradients, make_optimizer
+from vlmoe.study.measure import ReadyModel, data_shapes
 
 STUDY, DENSE = "world", "dense"
-BATCHES = 4
 
 
-def recipes(widths: list[int], models: list[str]) -> dict[int, dict[str, Recipe]]:
+def recipes(widths: list[int], models: list[str], device: str) -> dict[int, dict[str, Recipe]]:
     """width -> model -> recipe; the dense one first."""
     study = load_study(STUDY, ["sweep.rates=[]", "downstream.tasks=[]", "reference=''"])
     named = {grid.name: grid for grid in study.sparse}
@@ -48,6 +43,7 @@ def recipes(widths: list[int], models: list[str]) -> dict[int, dict[str, Recipe]
         raise SystemExit(f"--models: the study '{STUDY}' has {', '.join(named)}, not {', '.join(unknown)}")
     study.dense = [Grid(name=DENSE, width=widths)]
     study.sparse = [Grid(**(vars(named[name]) | {"width": widths})) for name in models]
+    study.set.append(f"train.device={device}")
     plan = make_plan(study)
     found: dict[int, dict[str, Recipe]] = {width: {} for width in widths}
     for name, model in plan.models.items():
@@ -56,45 +52,23 @@ def recipes(widths: list[int], models: list[str]) -> dict[int, dict[str, Recipe]
     return found
 
 
-class Trained:
-    """A model in training: `step(n)` takes batch n."""
-
-    def __init__(self, recipe: Recipe, batches: list[Any], device: torch.device) -> None:
-        torch.manual_seed(0)
-        m, vq = recipe.model, recipe.data.visual_tokenizer
-        visual = VQTokenizer(m.image_size, m.patch, m.codes, vq.dim, vq.width)
-        self.task = MaskedDataModelling(m, visual).to(device).train()
-        self.task.prepare(device)
-        self.optimizer = make_optimizer(self.task, recipe.train)
-        self.batches, self.device, self.recipe = batches, device, recipe
-
-    def step(self, n: int) -> float:
-        """Seconds."""
-        began = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = self.task(self.batches[n % len(self.batches)]).loss
-        loss.backward()
-        clip_gradients(self.task, self.recipe.train.clip)
-        self.optimizer.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
+def ready(recipe: Recipe, text: TextTokenizer) -> ReadyModel:
+    """The model with a visual tokenizer as it is drawn: what its codes are changes no step's cost."""
+    m, vq = recipe.model, recipe.data.visual_tokenizer
+    return ReadyModel(recipe, text, VQTokenizer(m.image_size, m.patch, m.codes, vq.dim, vq.width))
 
 
-def measure(models: dict[str, Recipe], repeats: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def measure(models: dict[str, Recipe], repeats: int) -> dict[str, dict[str, Any]]:
     first = next(iter(models.values()))
-    data = StepData(first, build_text_tokenizer(first))
-    steps = [data[n] for n in range(BATCHES)]
-    shapes = [shapes_of(step) for step in steps]
-    batches = [{kind: batch.to(device) for kind, batch in step.batches.items()} for step in steps]
-    ready = {name: Trained(recipe, batches, device) for name, recipe in models.items()}
+    text = build_text_tokenizer(first)
+    trained = {name: ready(recipe, text) for name, recipe in models.items()}
     took: dict[str, list[float]] = {name: [] for name in models}
     for n in range(repeats + 1):
-        for name, trained in ready.items():
-            seconds = trained.step(n)
+        for name, model in trained.items():
+            seconds = model.timed_step(n)
             if n:  # the first one warms up
                 took[name].append(seconds)
+    shapes = data_shapes(first, text, micro_batches=4)
     flops = {name: mean_account(r, shapes).step.total for name, r in models.items()}
     found: dict[str, dict[str, Any]] = {}
     for name in models:
@@ -105,7 +79,7 @@ def measure(models: dict[str, Recipe], repeats: int, device: torch.device) -> di
             "over_dense": round(middle, 3),
             "quartiles": [round(low, 3), round(high, 3)],
             "flops_over_dense": round(flops[name] / flops[DENSE], 3),
-            "parameters": sum(p.numel() for p in ready[name].task.parameters()),
+            "parameters": sum(p.numel() for p in trained[name].task.parameters()),
         }
     return found
 
@@ -120,11 +94,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device = torch.device(args.device)
     rows: list[dict[str, Any]] = []
-    for width, models in recipes(args.widths, args.models).items():
+    for width, models in recipes(args.widths, args.models, args.device).items():
         small = {n: r for n, r in models.items() if n == DENSE or account(r).sizes.params_total <= args.largest}
-        for name, found in measure(small, args.repeats, device).items():
+        for name, found in measure(small, args.repeats).items():
             rows.append({"width": width, "model": name} | found)
             print(rows[-1], flush=True)
     head = ["width", "model", "parameters", "FLOPs over dense", "step, s", "over dense", "quartiles"]
@@ -143,7 +116,8 @@ def main() -> None:
     print(table(head, cells))
     if args.json:
         results = {
-            "rows": rows, "repeats": args.repeats, "threads": 1, "device": str(device), "machine": machine(device.type),
+            "rows": rows, "repeats": args.repeats, "threads": 1, "device": args.device,
+            "machine": machine(torch.device(args.device).type),
             "torch": torch.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "command": shlex.join(["python", *sys.argv]),
         }  # fmt: skip

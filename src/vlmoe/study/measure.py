@@ -53,40 +53,57 @@ class StepCost:
     memory: int
 
 
+class ReadyModel:
+    """A freshly drawn pre-training model with its optimizer and the recipe's first micro-batches at hand, on the
+    recipe's device."""
+
+    def __init__(self, recipe: Recipe, text: TextTokenizer, visual: VisualTokenizer | None) -> None:
+        self.config, self.device = recipe.train, pick_device(recipe.train.device)
+        self.bf16 = pick_precision(recipe.train.precision, self.device) == torch.bfloat16
+        torch.manual_seed(recipe.seed)
+        self.task = MaskedDataModelling(recipe.model, visual).to(self.device).train()
+        self.task.prepare(self.device)
+        self.optimizer = make_optimizer(self.task, recipe.train)
+        data = StepData(recipe, text)
+        found = [data[n].batches for n in range(max(recipe.train.accumulate, 4))]
+        self.batches = [{kind: batch.to(self.device) for kind, batch in batches.items()} for batches in found]
+
+    def step(self, first: int) -> None:
+        """One update from the micro-batches that begin with number `first`, in turn."""
+        count = self.config.accumulate
+        self.optimizer.zero_grad(set_to_none=True)
+        for i in range(count):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.task(self.batches[(first + i) % len(self.batches)]).loss
+            (loss / count).backward()
+        clip_gradients(self.task, self.config.clip)
+        self.optimizer.step()
+
+    def timed_step(self, first: int) -> float:
+        """Its seconds."""
+        began = time.perf_counter()
+        self.step(first)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
+
+    def peak(self) -> int:
+        """Bytes of tensors at the worst moment of the step on the largest micro-batches, all that is kept included."""
+        self.optimizer.zero_grad(set_to_none=True)
+        held = sum(p.nbytes for p in self.task.parameters())
+        held += sum(v.nbytes for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+        firsts = range(0, len(self.batches), self.config.accumulate)
+        largest = max(firsts, key=lambda n: sum(_bytes(b) for b in self.batches[n].values()))
+        held += sum(_bytes(b) for b in self.batches[largest].values())
+        return held + peak_memory(lambda: self.step(largest), self.device)
+
+
 def measure_step(recipe: Recipe, text: TextTokenizer, visual: VisualTokenizer | None, steps: int = 8) -> StepCost:
     """Time and memory of the recipe's first training steps, on the recipe's device, data ready at hand."""
-    device = pick_device(recipe.train.device)
-    low = pick_precision(recipe.train.precision, device) == torch.bfloat16
-    torch.manual_seed(recipe.seed)
-    task = MaskedDataModelling(recipe.model, visual).to(device).train()
-    task.prepare(device)
-    optimizer, data = make_optimizer(task, recipe.train), StepData(recipe, text)
-    count = recipe.train.accumulate
-    batches = [{k: b.to(device) for k, b in data[n].batches.items()} for n in range(max(count, 4))]
-
-    def step(first: int) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        for i in range(count):
-            with torch.autocast(device.type, torch.bfloat16, enabled=low):
-                loss = task(batches[(first + i) % len(batches)]).loss
-            (loss / count).backward()
-        clip_gradients(task, recipe.train.clip)
-        optimizer.step()
-
-    step(0)
-    took = []
-    for n in range(steps):
-        began = time.perf_counter()
-        step(n)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - began)
-    optimizer.zero_grad(set_to_none=True)
-    held = sum(p.nbytes for p in task.parameters())
-    held += sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
-    largest = max(range(0, len(batches), count), key=lambda n: sum(_bytes(b) for b in batches[n].values()))
-    held += sum(_bytes(b) for b in batches[largest].values())
-    return StepCost(statistics.median(took), held + peak_memory(lambda: step(largest), device))
+    model = ReadyModel(recipe, text, visual)
+    model.step(0)
+    took = [model.timed_step(n) for n in range(steps)]
+    return StepCost(statistics.median(took), model.peak())
 
 
 def peak_memory(run: Callable[[], None], device: torch.device | str = "cpu") -> int:
