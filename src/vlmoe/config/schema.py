@@ -210,6 +210,9 @@ class RunConfig:
 class Recipe:
     name: str = ""
     about: str = ""  # what it is, its command, time, hardware and the score it reached
+    init: str = (
+        ""  # an earlier pre-training to start from; where it is dense and this sparse, its layers fill the experts
+    )
     seed: int = 0
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

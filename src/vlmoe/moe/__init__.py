@@ -7,6 +7,7 @@ from vlmoe.moe.replay import ROUTING_OPS, replay_context_fn
 from vlmoe.moe.routers import ROUTERS, Router
 from vlmoe.moe.routing import Routing, choose_tokens, route
 from vlmoe.moe.soft import SoftMoELayer, SoftRouter
+from vlmoe.moe.upcycle import upcycle
 
 __all__ = [
     "ROUTERS",
@@ -26,4 +27,5 @@ __all__ = [
     "plan_dispatch",
     "replay_context_fn",
     "route",
+    "upcycle",
 ]

@@ -1,4 +1,5 @@
-"""From a pre-trained backbone to a task's: weights are copied, positions fitted to another size.
+"""From a pre-trained model to another: to a task's, whose positions may be fitted to another size, or to further
+pre-training, where experts may start from dense layers.
 
 Shape suffixes: D width · S patches along an edge.
 """
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmoe.config import UserError
+from vlmoe.moe import FeedForward, MoELayer, upcycle
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.caption import Caption
 from vlmoe.tasks.downstream import Downstream
@@ -59,6 +61,36 @@ def start_from(task: Downstream, pretrained: Task, fresh: Sequence[str] = ()) ->
     missing = [n for n in wanted if n.startswith("backbone.") and n not in pretrained.state_dict()]
     if missing:
         raise UserError(f"cannot start from the pre-trained weights: they have no {', '.join(missing[:3])}")
+
+
+@torch.no_grad()
+def continue_from(task: MaskedDataModelling, earlier: MaskedDataModelling) -> list[str]:
+    """Copy an earlier pre-training's weights into a fresh model; where that is dense and this one sparse, experts are
+    filled by `vlmoe.moe.upcycle`. Returns the names of the layers filled so.
+
+    Raises:
+        UserError: a tensor that only one of the two has, or that has another shape; it is named. Or a dense layer that
+            cannot fill the experts.
+    """
+    upcycled, there = [], dict(earlier.named_modules())
+    for name, layer in task.named_modules():
+        dense = there.get(name)
+        if isinstance(layer, MoELayer) and isinstance(dense, FeedForward):
+            try:
+                upcycle(layer, dense)
+            except ValueError as error:
+                raise UserError(f"cannot start from the pre-trained weights: {name}: {error}") from None
+            upcycled.append(name)
+    ours, theirs = (
+        {k: v for k, v in t.state_dict().items() if not k.startswith(tuple(f"{name}." for name in upcycled))}
+        for t in (task, earlier)
+    )
+    for name in ours | theirs:
+        now, then = (tuple(t[name].shape) if name in t else "no such tensor" for t in (ours, theirs))
+        if now != then:
+            raise UserError(f"cannot start from the pre-trained weights: {name}: {then} there, {now} here")
+        ours[name].copy_(theirs[name])
+    return upcycled
 
 
 def _parts(names: Iterable[str]) -> str:

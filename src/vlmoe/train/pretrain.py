@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from vlmoe.config import Recipe
+from vlmoe.config import Recipe, UserError
 from vlmoe.data.loader import StepData, held_out, make_loader
 from vlmoe.data.text_tokenizer import DESCRIPTION, TextTokenizer, build_text_tokenizer, load_text_tokenizer
 from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenizer, train_vq
 from vlmoe.model import describe
-from vlmoe.tasks.export import export, load_visual_tokenizer
+from vlmoe.tasks.export import Pretrained, export, load_pretrained, load_visual_tokenizer
+from vlmoe.tasks.init import continue_from
 from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.train import checkpoint
 from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
@@ -38,14 +39,45 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
         found = checkpoint.newest(run_dir / CHECKPOINTS)
         if found is not None:  # before the tokenizers, which belong to the recipe as well
             checkpoint.check_recipe(found, recipe)
+        start = load_pretrained(recipe.init) if recipe.init and found is None else None
+        if start is not None:
+            _take_tokenizers(start, recipe, run_dir / TOKENIZERS)
         text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
         visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
         torch.manual_seed(recipe.seed)
         task = MaskedDataModelling(recipe.model, visual_tokenizer)
+        if start is not None:
+            _check_tokenizers(start, text_tokenizer, visual_tokenizer)
+            upcycled = continue_from(task, start.model)
+            filled = f"; experts of {len(upcycled)} layers filled from dense ones" if upcycled else ""
+            console.print(f"weights of {recipe.init}{filled}", highlight=False, markup=False)
         result = train(recipe, task, StepData(recipe, text_tokenizer), run_dir)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
     return result
+
+
+def _take_tokenizers(start: Pretrained, recipe: Recipe, folder: Path) -> None:
+    """Those of the run to start from, unless the run has some or its recipe names others."""
+    visual = start.visual_tokenizer
+    if (
+        isinstance(visual, VQTokenizer)
+        and not recipe.data.visual_tokenizer.path
+        and not (folder / "visual.json").exists()
+    ):
+        visual.save(folder)
+    if not recipe.data.text_tokenizer.path and not (folder / DESCRIPTION).exists():
+        start.text_tokenizer.save(folder)
+
+
+def _check_tokenizers(start: Pretrained, text: TextTokenizer, visual: VisualTokenizer) -> None:
+    """Raises UserError where words or codes have other numbers than those the weights have learned."""
+    words = [[t.decode([i]) for i in range(t.size)] for t in (start.text_tokenizer, text)]
+    if words[0] != words[1]:
+        raise UserError(f"init={start.path}: the text tokenizer there is not this run's, so words would be mistaken")
+    then, now = (v.state_dict() if isinstance(v, VQTokenizer) else {} for v in (start.visual_tokenizer, visual))
+    if then.keys() != now.keys() or not all(torch.equal(now[name].cpu(), then[name].cpu()) for name in now):
+        raise UserError(f"init={start.path}: the visual tokenizer there is not this run's, so codes would be mistaken")
 
 
 def prepare_text_tokenizer(recipe: Recipe, folder: Path, console: Console) -> TextTokenizer:

@@ -1,0 +1,62 @@
+"""`vlmoe pretrain RECIPE init=RUN`: a dense run's weights in a sparse model, as a user types it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlmoe
+from tests.golden.record import OVERRIDES
+from tests.test_cli import invoke
+from vlmoe.config import UserError
+
+SHORT = ["train.steps=2", "eval.samples=16", "eval.pictures=2"]
+DENSE = ["model.vision.sparse=none", "model.text.sparse=none"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense") / "run"
+    invoke("pretrain", "demo", f"run.dir={folder}", *OVERRIDES, *SHORT, *DENSE)
+    return folder
+
+
+def test_a_sparse_run_starts_from_a_dense_one_with_its_tokenizers(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sparse"
+    words = ["pretrain", "demo", f"run.dir={folder}", f"init={dense}", *OVERRIDES, *SHORT, "seed=1", "train.lr=1e-9"]
+    said = " ".join(invoke(*words).split())
+    assert "layers filled from dense ones" in said
+    assert "visual tokenizer: " not in said  # none is trained
+    for name in ("tokenizer.json", "visual.safetensors"):
+        assert (folder / "tokenizers" / name).read_bytes() == (dense / "tokenizers" / name).read_bytes()
+    got, wanted = (load_file(f / "model" / "model.safetensors") for f in (folder, dense))
+    name = "backbone.text.tokens.weight"
+    torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-6)
+    assert vlmoe.load(folder).recipe.init == str(dense)
+
+
+def test_a_run_that_goes_on_needs_the_earlier_one_no_more(dense: Path, tmp_path: Path) -> None:
+    folder, init = tmp_path / "sparse", tmp_path / "dense"
+    shutil.copytree(dense, init)
+    words = ["pretrain", "demo", f"run.dir={folder}", f"init={init}", *OVERRIDES, *SHORT]
+    invoke(*words)
+    shutil.rmtree(init)
+    assert "nothing left to train" in invoke(*words)
+
+
+def test_other_tokenizers_are_refused(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sparse"
+    shutil.copytree(dense / "tokenizers", folder / "tokenizers")
+    file = folder / "tokenizers" / "visual.safetensors"
+    tensors = load_file(file)
+    tensors["codebook_VZ"] = tensors["codebook_VZ"] + 1
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="visual tokenizer there is not this run's"):
+        invoke("pretrain", "demo", f"run.dir={folder}", f"init={dense}", *OVERRIDES, *SHORT)
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
+        invoke("pretrain", "demo", f"run.dir={tmp_path / 'x'}", "init=nowhere", *OVERRIDES, *SHORT)
