@@ -1,6 +1,7 @@
 """Held-out scores by hand, on a model whose answers are known."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from vlmoe.config import ModelConfig
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.visual_tokenizer import StoredCodes
-from vlmoe.evaluate.masked import Tally, evaluate_masked, expert_use, fill_in, image_scores, text_scores
+from vlmoe.evaluate.masked import Tally, evaluate_masked, expert_use, fill_in, image_scores, text_scores, words_right
 from vlmoe.model import BackboneOutput, Segment
 from vlmoe.tasks.pretrain import MaskedDataModelling
 
@@ -75,6 +76,11 @@ def test_text_accuracy_with_without_and_with_another_image() -> None:
         "colour": {"seen": 1.0, "blind": 0.0, "swapped": 0.0, "predictions": 1},
         "function": {"seen": 0.0, "blind": 1.0, "swapped": 0.0, "predictions": 1},
     }
+
+
+def test_words_of_texts_alone_by_class() -> None:
+    alone = replace(batch(), image_BCHW=None, patch_mask_BP=None, codes_BP=None)
+    assert words_right(reader(), [alone, alone]) == {"colour": 0.0, "function": 1.0, "name": 0.0}
 
 
 def test_only_hidden_words_are_filled_in() -> None:

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from vlmoe.cli import app
 from vlmoe.config import load_recipe, to_mapping
+from vlmoe.data.loader import held_out
+from vlmoe.evaluate.masked import losses
 from vlmoe.study.declare import Budget, StudyError, load_study
 from vlmoe.study.grid import count, make_plan
 from vlmoe.study.measure import data_shapes
@@ -147,6 +149,19 @@ def test_the_report_says_which_words_are_learned(launches: dict[str, Any]) -> No
     with (launches["out"] / "runs.csv").open() as lines:
         written = {r["run"]: r for r in csv.DictReader(lines)}
     assert float(written["fine-6-seed0"]["seen:colour"]) == row["seen:colour"]
+
+
+def test_the_report_says_what_texts_alone_have_taught(launches: dict[str, Any]) -> None:
+    (row,) = (r for r in launches["second report"]["runs"] if r["run"] == "fine-6-seed0")
+    trained = load_pretrained(launches["out"] / "runs" / "fine-6-seed0")
+    texts = held_out(trained.recipe, trained.text_tokenizer, "val", "text", 0, trained.recipe.eval.samples)
+    assert row["loss_texts"] == pytest.approx(losses(trained.model, [texts])["mlm"], rel=1e-5)
+    classes = [key for key in row if key.startswith("text:")]  # of few samples: which, is chance
+    assert classes and all(0 <= row[key] <= 1 for key in classes)
+    text = (launches["out"] / "study.md").read_text()
+    assert "## Words of texts by class" in text
+    models = text.partition("## Models and lengths")[2].partition("## ")[0]
+    assert f"{row['loss_texts']:.3f}" in models
 
 
 def test_a_study_goes_on_where_another_ended(launches: dict[str, Any], tmp_path: Path) -> None:

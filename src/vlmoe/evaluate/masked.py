@@ -98,16 +98,9 @@ def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[st
         hidden_BT = batch.target_BT != IGNORE
         for view in VIEWS:
             right_BT = (fill_in(model, batch, view, other_BCHW) == batch.target_BT) & hidden_BT
-            for b, (right_T, hidden_T) in enumerate(zip(right_BT.tolist(), hidden_BT.tolist(), strict=True)):
-                tallies[view].add(sum(right_T), sum(hidden_T))
-                words = batch.token_factors[b].get("word_class", []) if batch.token_factors else []
-                asked, correct = Counter[str](), Counter[str]()
-                for word, hidden, right in zip(words, hidden_T, right_T, strict=False):
-                    if hidden and word:
-                        asked[word] += 1
-                        correct[word] += right
-                for word, n in asked.items():
-                    classes.setdefault(word, {v: Tally() for v in VIEWS})[view].add(correct[word], n)
+            for word, right, asked in _counts(batch, right_BT, hidden_BT):
+                tally = classes.setdefault(word, {v: Tally() for v in VIEWS}) if word else tallies
+                tally[view].add(right, asked)
     without = max(tallies["blind"].accuracy, tallies["swapped"].accuracy)
     return {
         **{view: tally.summary() for view, tally in tallies.items()},
@@ -117,6 +110,33 @@ def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[st
             for word, views in sorted(classes.items())
         },
     }
+
+
+def words_right(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, float]:
+    """Accuracy on the hidden words of texts alone, by word class; the data must know it."""
+    classes: dict[str, Tally] = {}
+    for batch in batches:
+        assert batch.target_BT is not None
+        hidden_BT = batch.target_BT != IGNORE
+        right_BT = (fill_in(model, batch) == batch.target_BT) & hidden_BT
+        for word, right, asked in _counts(batch, right_BT, hidden_BT):
+            if word:
+                classes.setdefault(word, Tally()).add(right, asked)
+    return {word: tally.accuracy for word, tally in sorted(classes.items())}
+
+
+def _counts(batch: Batch, right_BT: Tensor, hidden_BT: Tensor) -> Iterator[tuple[str, int, int]]:
+    """Of each sample: right and hidden tokens, in all ("") and of each word class where the data knows it."""
+    for b, (right_T, hidden_T) in enumerate(zip(right_BT.tolist(), hidden_BT.tolist(), strict=True)):
+        yield "", sum(right_T), sum(hidden_T)
+        words = batch.token_factors[b].get("word_class", []) if batch.token_factors else []
+        asked, correct = Counter[str](), Counter[str]()
+        for word, hidden, right in zip(words, hidden_T, right_T, strict=False):
+            if hidden and word:
+                asked[word] += 1
+                correct[word] += right
+        for word, n in asked.items():
+            yield word, correct[word], n
 
 
 @torch.no_grad()

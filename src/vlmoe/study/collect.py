@@ -23,7 +23,7 @@ COLUMNS = (
     "placement", "layers", "expansion", "params_total", "params_per_token", "params_active", "seed", "steps",
     "learning_rate", "expert_lr", "tokens", "flops_per_token", "flops", "seconds", "flops_per_second", "memory_bytes",
     "memory_predicted", "resident_bytes", "repeated", "wait_share", "status", "error", "loss", "loss_words",
-    "loss_patches", "accuracy_words", "accuracy_blind",
+    "loss_patches", "loss_texts", "accuracy_words", "accuracy_blind",
 )  # fmt: skip
 WORDS = ("run", "stage", "model", "side", "twin", "placement", "layers", "status", "error")
 WHOLE = ("width", "depth", "experts", "k", "granularity", "shared", "params_total", "params_per_token",
@@ -77,7 +77,7 @@ def groups(rows: Iterable[Row], *keys: str) -> dict[Any, list[Row]]:
 
 def over_seeds(rows: Sequence[Row], column: str) -> tuple[float, float, float]:
     """Mean, least and most of a column."""
-    values = [r[column] for r in rows if r[column] is not None]
+    values = [r[column] for r in rows if r.get(column) is not None]
     return (statistics.fmean(values), min(values), max(values)) if values else (float("nan"),) * 3
 
 
@@ -97,7 +97,7 @@ def write_table(rows: Sequence[Row], out: Path) -> None:
 
 
 def extra_columns(rows: Sequence[Row]) -> list[str]:
-    """Downstream scores, "vqa.accuracy" and the like, and accuracies by word class, "seen:name"."""
+    """Downstream scores, "vqa.accuracy" and the like, and accuracies by word class, "seen:name", "text:name"."""
     return list(dict.fromkeys(k for row in rows for k in row if k not in COLUMNS))
 
 

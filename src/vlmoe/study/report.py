@@ -19,8 +19,12 @@ from vlmoe.study.plan import REPORT
 from vlmoe.train.runlog import replace_text
 
 MARKDOWN, PAGE = "study.md", "study.html"
-LOSSES = ("loss", "loss_words", "loss_patches", "accuracy_words")
-NAMES = {"loss": "loss", "loss_words": "words", "loss_patches": "patches", "accuracy_words": "words right, %"}
+PARTS = ("loss_words", "loss_patches", "loss_texts")
+LOSSES = ("loss", *PARTS, "accuracy_words")
+NAMES = {
+    "loss": "loss", "loss_words": "words", "loss_patches": "patches", "loss_texts": "texts",
+    "accuracy_words": "words right, %",
+}  # fmt: skip
 SIGNS = {"": "", compare.AT_LEAST: "≥ ", compare.AT_MOST: "≤ ", "mixed": "~ "}
 ROWS = {"dense": "dense", "text": "T-MoE", "vision": "V-MoE", "both": "both"}
 
@@ -109,6 +113,7 @@ def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section |
         _saved_section(report),
         _models_section(report),
         _words_section(report),
+        _texts_section(report),
         _ablation_section(report, scores),
         _downstream_section(report, scores),
         _law_section(report),
@@ -156,7 +161,9 @@ def _models_section(report: dict[str, Any]) -> Section | None:
     done = finished(report["runs"])
     if not done:
         return None
+    parts = [m for m in PARTS if any(r.get(m) is not None for r in done)]
     head = ["model", "parameters", "per token", "FLOPs per token", "memory", "FLOPs/s", "steps", "seeds", "loss"]
+    head += [NAMES[part] for part in parts]
     body = []
     for (model, steps), runs in groups(done, "model", "steps").items():
         about = report["models"][model]
@@ -166,33 +173,47 @@ def _models_section(report: dict[str, Any]) -> Section | None:
         body.append([
             model, short(about["params_total"]), short(about["params_per_token"]), short(about["flops_per_token"]),
             f"{memory / 2**20:.3g} MiB", short(over_seeds(runs, "flops_per_second")[0]), f"{steps:,}", str(len(runs)),
-            f"{mean:.3f}{spread}",
+            f"{mean:.3f}{spread}", *(_mean(runs, part) for part in parts),
         ])  # fmt: skip
-    return Section("Models and lengths", "Held-out loss in nats, mean [least, most] over seeds.", head, body)
+    text = (
+        "Held-out loss of pairs in nats, mean [least, most] over seeds: of hidden words plus of hidden patches. "
+        "Texts: loss of hidden words in texts without pictures, no part of the loss."
+    )
+    return Section("Models and lengths", text, head, body)
+
+
+def _mean(runs: Sequence[Row], measure: str) -> str:
+    return f"{over_seeds(runs, measure)[0]:.3f}" if all(r.get(measure) is not None for r in runs) else "-"
 
 
 def _words_section(report: dict[str, Any]) -> Section | None:
     """Which words are learned: equal losses can hide that a class of words is not learned by anyone."""
-    done = finished(report["runs"])
-    columns = [c for c in extra_columns(done) if c.startswith("seen:")]
-    longest = {model: max(r["steps"] for r in runs) for model, runs in groups(done, "model").items()}
-    rows = [r for r in done if r["steps"] == longest[r["model"]] and any(r.get(c) is not None for c in columns)]
-    if not rows:
-        return None
-    body = []
-    for (model, steps), runs in groups(rows, "model", "steps").items():
-        cells = [
-            " / ".join(f"{100 * over_seeds(runs, c)[0]:.0f}" for c in (seen, seen.replace("seen:", "blind:")))
-            for seen in columns
-        ]
-        body.append([model, f"{steps:,}", str(len(runs)), *cells])
     text = (
         "Hidden words of held-out captions filled in rightly, %, with the image / without it, by class of word; "
         "each model's longest runs, mean over seeds."
     )
-    return Section(
-        "Words by class", text, ["model", "steps", "seeds", *(c.removeprefix("seen:") for c in columns)], body
-    )
+    return _by_class(report, "Words by class", text, ("seen:", "blind:"))
+
+
+def _texts_section(report: dict[str, Any]) -> Section | None:
+    text = "Hidden words of held-out texts without pictures filled in rightly, %; as above."
+    return _by_class(report, "Words of texts by class", text, ("text:",))
+
+
+def _by_class(report: dict[str, Any], title: str, text: str, views: tuple[str, ...]) -> Section | None:
+    done = finished(report["runs"])
+    words = [c.removeprefix(views[0]) for c in extra_columns(done) if c.startswith(views[0])]
+    longest = {model: max(r["steps"] for r in runs) for model, runs in groups(done, "model").items()}
+    rows = [
+        r for r in done if r["steps"] == longest[r["model"]] and any(r.get(views[0] + w) is not None for w in words)
+    ]
+    if not rows:
+        return None
+    body = []
+    for (model, steps), runs in groups(rows, "model", "steps").items():
+        cells = [" / ".join(f"{100 * over_seeds(runs, view + word)[0]:.0f}" for view in views) for word in words]
+        body.append([model, f"{steps:,}", str(len(runs)), *cells])
+    return Section(title, text, ["model", "steps", "seeds", *words], body)
 
 
 def _ablation_section(report: dict[str, Any], scores: Sequence[str]) -> Section | None:

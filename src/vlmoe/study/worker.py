@@ -25,7 +25,7 @@ from vlmoe.config import Recipe, UserError, from_mapping, load_finetune
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.evaluate.downstream import evaluate_task
-from vlmoe.evaluate.masked import losses, text_scores
+from vlmoe.evaluate.masked import losses, text_scores, words_right
 from vlmoe.study.measure import measure_step
 from vlmoe.tasks.export import Pretrained, load_pretrained
 from vlmoe.train.finetune import finetune
@@ -86,11 +86,11 @@ def _finetune(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], int | 
 def held_out_scores(trained: Pretrained, recipe: Recipe) -> dict[str, float]:
     """loss (hidden words + hidden patches, nats), each of them, accuracy on hidden words with and without the image, in
     all and by word class where the data knows it ("seen:name", "blind:name"); of pairs, or else of the kind that the
-    run trains on."""
+    run trains on. Where it trains on texts beside pairs: loss_texts, of their hidden words, and "text:name"."""
     kind = next(k for k in ("pair", "image", "text") if getattr(recipe.data.batch, k))
     device = pick_device(recipe.train.device)
 
-    def batches(factors: bool = False) -> Iterable[Batch]:
+    def batches(kind: str = kind, factors: bool = False) -> Iterable[Batch]:
         count = min(recipe.eval.samples, held_out_size(recipe, SPLIT, kind))
         for start in range(0, count, recipe.eval.batch):
             size = min(recipe.eval.batch, count - start)
@@ -103,6 +103,10 @@ def held_out_scores(trained: Pretrained, recipe: Recipe) -> dict[str, float]:
         text = text_scores(trained.model, batches(factors=True))
         scores |= {"accuracy_words": text["seen"]["accuracy"], "accuracy_blind": text["blind"]["accuracy"]}
         scores |= {f"{view}:{word}": by[view] for view in WORD_VIEWS for word, by in text["by_word_class"].items()}
+        if recipe.data.batch.text:
+            scores["loss_texts"] = losses(trained.model, batches("text"))["mlm"]
+            known = words_right(trained.model, batches("text", factors=True))
+            scores |= {f"text:{word}": share for word, share in known.items()}
     return scores
 
 
