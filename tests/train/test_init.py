@@ -57,6 +57,13 @@ def test_other_tokenizers_are_refused(dense: Path, tmp_path: Path) -> None:
         invoke("pretrain", "demo", f"run.dir={folder}", f"init={dense}", *OVERRIDES, *SHORT)
 
 
+def test_another_shape_is_refused_before_anything_is_written(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wide"
+    with pytest.raises(UserError, match=r"layer: width: experts have 48, the dense layer \d+"):
+        invoke("pretrain", "demo", f"run.dir={folder}", f"init={dense}", *OVERRIDES, *SHORT, "model.width=48")
+    assert not (folder / "tokenizers").exists()
+
+
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no config\.json"):
         invoke("pretrain", "demo", f"run.dir={tmp_path / 'x'}", "init=nowhere", *OVERRIDES, *SHORT)

@@ -41,20 +41,29 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
             checkpoint.check_recipe(found, recipe)
         start = load_pretrained(recipe.init) if recipe.init and found is None else None
         if start is not None:
+            task = _continued(start, recipe, console)  # before anything is written: it may not fit
             _take_tokenizers(start, recipe, run_dir / TOKENIZERS)
         text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
         visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
-        torch.manual_seed(recipe.seed)
-        task = MaskedDataModelling(recipe.model, visual_tokenizer)
         if start is not None:
             _check_tokenizers(start, text_tokenizer, visual_tokenizer)
-            upcycled = continue_from(task, start.model)
-            filled = f"; experts of {len(upcycled)} layers filled from dense ones" if upcycled else ""
-            console.print(f"weights of {recipe.init}{filled}", highlight=False, markup=False)
+        else:
+            torch.manual_seed(recipe.seed)
+            task = MaskedDataModelling(recipe.model, visual_tokenizer)
         result = train(recipe, task, StepData(recipe, text_tokenizer), run_dir)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
     return result
+
+
+def _continued(start: Pretrained, recipe: Recipe, console: Console) -> MaskedDataModelling:
+    """The recipe's model with the weights of the run to start from."""
+    torch.manual_seed(recipe.seed)
+    task = MaskedDataModelling(recipe.model, start.visual_tokenizer)
+    upcycled = continue_from(task, start.model)
+    filled = f"; experts of {len(upcycled)} layers filled from dense ones" if upcycled else ""
+    console.print(f"weights of {recipe.init}{filled}", highlight=False, markup=False)
+    return task
 
 
 def _take_tokenizers(start: Pretrained, recipe: Recipe, folder: Path) -> None:
