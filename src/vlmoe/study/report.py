@@ -175,10 +175,9 @@ def _models_section(report: dict[str, Any]) -> Section | None:
             f"{memory / 2**20:.3g} MiB", short(over_seeds(runs, "flops_per_second")[0]), f"{steps:,}", str(len(runs)),
             f"{mean:.3f}{spread}", *(_mean(runs, part) for part in parts),
         ])  # fmt: skip
-    text = (
-        "Held-out loss of pairs in nats, mean [least, most] over seeds: of hidden words plus of hidden patches. "
-        "Texts: loss of hidden words in texts without pictures, no part of the loss."
-    )
+    text = "Held-out loss in nats, mean [least, most] over seeds: of hidden words plus of hidden patches."
+    if "loss_texts" in parts:
+        text += " Texts: of hidden words in texts without pictures, which the loss leaves out."
     return Section("Models and lengths", text, head, body)
 
 
