@@ -22,8 +22,9 @@ def upcycle(layer: MoELayer, dense: FeedForward) -> None:
     The dense layer's hidden units are cut into groups of an expert's size. Shared experts take the first groups, routed
     ones the others in turn, so that with G groups left experts e and e + G start as copies. Their second matrix is
     scaled such that as long as gates are even, as a fresh router's nearly are, the layer's output is that of `dense`:
-    exactly where one group is left, else in the mean over the experts a token may get. Where none is left, the second
-    matrix of routed experts starts at zero and the first as it is.
+    exactly where one group is left, else in the mean over the experts a token may get; with `inner_norm`, which is over
+    a part's own units, only where the parts are whole copies. Where no group is left, the second matrix of routed
+    experts starts at zero and the first as it is.
 
     Raises:
         ValueError: width, activation, bias or inner_norm differ; experts do not divide the dense layer's hidden units,

@@ -104,8 +104,9 @@ def held_out_scores(trained: Pretrained, recipe: Recipe) -> dict[str, float]:
         scores |= {"accuracy_words": text["seen"]["accuracy"], "accuracy_blind": text["blind"]["accuracy"]}
         scores |= {f"{view}:{word}": by[view] for view in WORD_VIEWS for word, by in text["by_word_class"].items()}
         if recipe.data.batch.text:
-            scores["loss_texts"] = losses(trained.model, batches("text"))["mlm"]
-            known = words_right(trained.model, batches("text", factors=True))
+            texts = list(batches("text", factors=True))
+            scores["loss_texts"] = losses(trained.model, texts)["mlm"]
+            known = words_right(trained.model, texts)
             scores |= {f"text:{word}": share for word, share in known.items()}
     return scores
 

@@ -81,8 +81,9 @@ def continue_from(task: MaskedDataModelling, earlier: MaskedDataModelling) -> li
             except ValueError as error:
                 raise UserError(f"cannot start from the pre-trained weights: {name}: {error}") from None
             upcycled.append(name)
+    filled = tuple(f"{name}." for name in upcycled)
     ours, theirs = (
-        {k: v for k, v in t.state_dict().items() if not k.startswith(tuple(f"{name}." for name in upcycled))}
+        {name: tensor for name, tensor in t.state_dict().items() if not name.startswith(filled)}
         for t in (task, earlier)
     )
     for name in ours | theirs:
