@@ -162,6 +162,16 @@ def machine(device: str) -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def provenance(device: str = "cpu") -> dict[str, str]:
+    """What a figure needs beside it: machine, torch, date, command."""
+    return {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
 def show(results: dict[str, Any]) -> None:
     print(f"{results['machine']}, torch {results['torch']}, {results['threads']} threads, {results['repeats']} repeats")
     print(f"{'experts, tokens, width, hidden':<32}{'load':<10}{'dense ms':>9}   time over dense, median [quartiles]")
@@ -200,12 +210,9 @@ def run(repeats: int, device: str, shapes: list[tuple[int, int, int, int]]) -> d
         "geomean_ratio_vs_dense_skewed": means["skewed"],
         "dense": dense,
         "mixtral": mixtral,
-        "machine": machine(device),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
-        "command": shlex.join(["python", *sys.argv]),
+        **provenance(device),
     }
 
 

@@ -11,10 +11,7 @@ concepts.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from downstream import table
-from moe_layer import machine
+from moe_layer import provenance
 from vlmoe.data.world import World
 from vlmoe.model.embed import patchify
 from vlmoe.tasks.export import load_pretrained
@@ -84,11 +81,7 @@ def main() -> None:
     places = list(next(iter(found.values())))
     print(table(["run", *places], [[name, *(f"{row.get(p, 0):.1%}" for p in places)] for name, row in found.items()]))
     if args.json:
-        results = {
-            "accuracy": found, "scenes": args.scenes, "machine": machine("cpu"), "torch": torch.__version__,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-        }  # fmt: skip
+        results = {"accuracy": found, "scenes": args.scenes} | provenance()
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 

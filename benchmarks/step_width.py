@@ -11,18 +11,15 @@ quartiles, and the ratio of FLOPs, which routers and padding keep from being 1.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from downstream import table
-from moe_layer import machine
+from moe_layer import provenance
 from vlmoe.config import Recipe
 from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
 from vlmoe.data.visual_tokenizer import VQTokenizer
@@ -115,12 +112,8 @@ def main() -> None:
     ]
     print(table(head, cells))
     if args.json:
-        results = {
-            "rows": rows, "repeats": args.repeats, "threads": 1, "device": args.device,
-            "machine": machine(torch.device(args.device).type),
-            "torch": torch.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-        }  # fmt: skip
+        results = {"rows": rows, "repeats": args.repeats, "threads": 1, "device": args.device}
+        results |= provenance(torch.device(args.device).type)
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 

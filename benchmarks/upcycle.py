@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 from downstream import table
-from moe_layer import machine
+from moe_layer import provenance
 from vlmoe.study.declare import Budget
 from vlmoe.study.plan import read_report
 from vlmoe.study.schedule import Job, Meter, run_jobs
@@ -65,11 +62,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     half, whole = args.steps
-    names = {gates: [(gates, seed) for seed in args.seeds] for gates in args.gates}
     jobs = {
-        key: job_of(args.study, args.out, args.dense, args.sparse, half, key[1], key[0])
-        for keys in names.values()
-        for key in keys
+        (gates, seed): job_of(args.study, args.out, args.dense, args.sparse, half, seed, gates)
+        for gates in args.gates
+        for seed in args.seeds
     }
     for job in jobs.values():
         job.check()
@@ -90,20 +86,16 @@ def main() -> None:
         found = [ran[model, whole, seed] for seed in args.seeds]
         add(f"{model}, {whole:,} steps", [r["loss"] for r in found], [r["flops"] for r in found])
     both = [ran[args.dense, half, s]["flops"] + ran[args.sparse, half, s]["flops"] for s in args.seeds]
-    for gates, keys in names.items():
+    for gates in args.gates:
         what = f"{args.dense} for {half:,}, then {args.sparse} for {half:,}, {gates} gates"
-        add(what, [jobs[key].read()["loss"] for key in keys], both)
+        add(what, [jobs[gates, seed].read()["loss"] for seed in args.seeds], both)
     cells = [
         [r["model"], f"{r['flops'] / 1e12:.2f}", f"{r['loss']:.3f}", ", ".join(f"{x:.3f}" for x in r["by_seed"])]
         for r in rows
     ]
     print(table(["model", "TFLOPs", "loss", "by seed"], cells))
     if args.json:
-        results = {
-            "rows": rows, "seeds": args.seeds, "machine": machine("cpu"),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-        }  # fmt: skip
+        results = {"rows": rows, "seeds": args.seeds} | provenance()
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
