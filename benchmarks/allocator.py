@@ -9,9 +9,7 @@ with / without, of each pair of processes; below 1: keeping is faster.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from moe_layer import machine
+from provenance import provenance
 from vlmoe.config import load_recipe
 from vlmoe.data.loader import StepData
 from vlmoe.data.text_tokenizer import build_text_tokenizer
@@ -77,10 +75,8 @@ def main() -> None:
     if args.json:
         about = {
             "ratio": {"median": round(statistics.median(ratios), 3), "values": [round(r, 3) for r in ratios]},
-            "seconds_plain": [round(plain, 4) for plain, _ in pairs], "machine": machine("cpu"),
-            "torch": torch.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-        }  # fmt: skip
+            "seconds_plain": [round(plain, 4) for plain, _ in pairs],
+        } | provenance()
         args.json.write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -14,11 +14,9 @@ import json
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from provenance import provenance
 from vlmoe.config import Recipe, from_mapping
 from vlmoe.data.collate import Collator
 from vlmoe.data.counter import shuffled, stream
@@ -128,11 +127,6 @@ def cases(folder: Path) -> dict[str, tuple[Callable[[int], object], int]]:
     return found
 
 
-def machine() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{names[0].split(':')[1].strip() if names else platform.processor()}, {len(names)} cores visible"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -156,11 +150,8 @@ def main() -> None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         about = {
             "what": "samples a second on one core; median, least and most of the repeats",
-            "command": "python benchmarks/data.py " + " ".join(sys.argv[1:]),
-            "date": date.today().isoformat(),
-            "machine": machine(),
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            **provenance(),
             "commit": commit,
             "repeats": arguments.repeats,
             "seconds": arguments.seconds,

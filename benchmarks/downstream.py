@@ -12,7 +12,6 @@ The interval over seeds is Student's t at 95%. Ends with the tables of docs/resu
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from moe_layer import machine
+from provenance import provenance
 from vlmoe.config import TASKS, UserError
 from vlmoe.evaluate.downstream import UNITS
 
@@ -190,10 +189,7 @@ def main() -> None:
     results = {
         "tasks": collect(args.runs, args.seeds, args.tasks),
         "seeds": args.seeds,
-        "machine": machine("cpu"),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        **provenance(),
     }
     print(tables(results["tasks"]))
     if args.json:

@@ -10,11 +10,8 @@ whole steps, without the first 50. Repeated with one seed each; median, least an
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moe_layer import machine
+from provenance import provenance
 from vlmoe.config import load_recipe
 from vlmoe.data.loader import StepData
 from vlmoe.tasks.pretrain import MaskedDataModelling
@@ -95,11 +92,7 @@ def main() -> None:
         shares[part] = {"median": round(statistics.median(values), 4), "values": [round(v, 4) for v in values]}
         print(f"{part}: {statistics.median(values):.2%} of step time [{min(values):.2%}, {max(values):.2%}]")
     if args.json:
-        about = {
-            "share_of_step_time": shares, "machine": machine("cpu"), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "steps": args.steps, "command": shlex.join(["python", *sys.argv]),
-        }  # fmt: skip
+        about = {"share_of_step_time": shares, "threads": torch.get_num_threads(), "steps": args.steps} | provenance()
         args.json.write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -12,14 +12,9 @@ down out of all proportion. "balanced" draws each token's expert uniformly, "ske
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from provenance import provenance
 from vlmoe.moe import FeedForward, MoELayer
 
 SHAPES = [(8, 2048, 384, 1536), (32, 4096, 256, 1024), (32, 4096, 768, 3072), (16, 1024, 192, 768)]
@@ -149,27 +145,6 @@ def against_mixtral(shape: tuple[int, int, int, int], repeats: int, device: str)
 
 def geometric_mean(values: list[float]) -> float:
     return round(math.exp(statistics.fmean(map(math.log, values))), 3)
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def provenance(device: str = "cpu") -> dict[str, str]:
-    """What a figure needs beside it: machine, torch, date, command."""
-    return {
-        "machine": machine(device),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
 
 
 def show(results: dict[str, Any]) -> None:

@@ -14,12 +14,9 @@ samples.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +28,7 @@ import torch
 from rich.console import Console
 
 import vlmoe
-from moe_layer import machine
+from provenance import provenance
 from vlmoe.config import load_recipe
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import held_out
@@ -134,12 +131,9 @@ def main() -> None:
         "batches": args.batches,
         "recorder": rows,
         "arrow_peak_bytes": pa.default_memory_pool().max_memory(),
-        "machine": machine("cpu"),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "torch": torch.__version__,
+        **provenance(),
         "threads": torch.get_num_threads(),
         "repeats": args.repeats,
-        "command": shlex.join(["python", *sys.argv]),
     }
     print(f"{results['machine']}, torch {results['torch']}, {results['threads']} threads, {args.repeats} repeats")
     for row in rows:

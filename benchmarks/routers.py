@@ -14,11 +14,8 @@ repeated.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +24,7 @@ from typing import Any
 import torch
 
 from downstream import cell, interval, table, vlmoe
-from moe_layer import machine
+from provenance import provenance
 from vlmoe.config import load_recipe
 from vlmoe.data.loader import StepData
 from vlmoe.data.text_tokenizer import build_text_tokenizer
@@ -163,10 +160,7 @@ def main() -> None:
                     "overrides": {name: overrides(VARIANTS[name]) for name in args.variants},
                     "steps": args.steps,
                     "seeds": args.seeds,
-                    "machine": machine("cpu"),
-                    "torch": torch.__version__,
-                    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                    "command": shlex.join(["python", *sys.argv]),
+                    **provenance(),
                 },
                 indent=1,
             )

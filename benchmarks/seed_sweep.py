@@ -12,12 +12,9 @@ can. Finished runs are not repeated.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import shlex
 import statistics
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from typing import Any
 import torch
 
 from downstream import table, vlmoe
-from moe_layer import machine
+from provenance import provenance
 from vlmoe.config import UserError, load_recipe
 from vlmoe.train.runlog import read_lines
 
@@ -118,11 +115,7 @@ def main() -> None:
             rows.append([side, f"{rate:g}", *(f"{n} of {len(at)}" for n in bad), span])
     print(table(["router", "learning rate", "diverged", "collapsed", "held-out loss, mean [least, most]"], rows))
     if args.json:
-        about = {
-            "shares": shares, "runs": found, "steps": args.steps, "overrides": SIDES, "machine": machine("cpu"),
-            "torch": torch.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-        }  # fmt: skip
+        about = {"shares": shares, "runs": found, "steps": args.steps, "overrides": SIDES} | provenance()
         args.json.write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from downstream import table
-from moe_layer import provenance
+from provenance import provenance
 from vlmoe.data.world import World
 from vlmoe.model.embed import patchify
 from vlmoe.tasks.export import load_pretrained

@@ -12,18 +12,13 @@ planted model, in which the truth is known.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from downstream import table
-from moe_layer import machine
+from provenance import provenance
 from vlmoe.interpret.findings import find_run
 from vlmoe.interpret.planted import validate
 
@@ -94,11 +89,7 @@ def main() -> None:
     planted = validate()
     print(json.dumps(planted, indent=1, default=str))
     if args.json:
-        about = {
-            "runs": runs, "planted": planted, "samples": args.samples, "machine": machine("cpu"),
-            "torch": torch.__version__, "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-        }  # fmt: skip
+        about = {"runs": runs, "planted": planted, "samples": args.samples} | provenance()
         args.json.write_text(json.dumps(about, indent=1, default=str) + "\n")
 
 

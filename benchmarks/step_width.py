@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from downstream import table
-from moe_layer import provenance
+from provenance import provenance
 from vlmoe.config import Recipe
 from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
 from vlmoe.data.visual_tokenizer import VQTokenizer

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from downstream import table
-from moe_layer import provenance
+from provenance import provenance
 from vlmoe.study.declare import Budget
 from vlmoe.study.plan import read_report
 from vlmoe.study.schedule import Job, Meter, run_jobs
