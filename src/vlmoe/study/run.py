@@ -4,16 +4,13 @@ downstream tasks. Everything that is done stays in the folder and is not done ag
 
 from __future__ import annotations
 
-import copy
 import datetime
-import json
 import shlex
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +21,20 @@ from rich.table import Table
 
 from vlmoe.config import Recipe, load_recipe
 from vlmoe.config import to_mapping as recipe_mapping
-from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.model.flops import Shape
 from vlmoe.model.sizes import short
 from vlmoe.study import extend
 from vlmoe.study.collect import Row, row_of
 from vlmoe.study.declare import Study, StudyError, to_mapping
-from vlmoe.study.grid import Model, Plan, Run, carried_rate, count, make_plan, recipe_of
+from vlmoe.study.grid import Model, Plan, Run, count, make_plan
 from vlmoe.study.measure import data_shapes
 from vlmoe.study.plan import duration
 from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
+from vlmoe.study.work import Work, downstream_jobs, job_of, measure_jobs, rate_of, text_tokenizer, tokenizer_jobs
 from vlmoe.train.loop import pick_device
-from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer
 from vlmoe.train.runlog import lock_run, machine, replace_text
 
 DECLARED = "study.yaml"
-TIMED_STEPS = 8  # of every model, before anything is trained
-OVERHEAD = 12.0  # seconds that a run's process takes besides training, until runs say better
-
-
-@dataclass
-class Work:
-    """A study under way. rates: side -> the sweep's best. notes: what a reader must know."""
-
-    plan: Plan
-    out: Path
-    jobs_at_a_time: int
-    console: Console
-    meter: Meter
-    shapes: list[list[Shape]]
-    retry: bool = False
-    rates: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def tokenizers(self, seed: int) -> Path:
-        return self.out / TOKENIZERS / f"seed-{seed}"
-
-    def measured(self, model: Model) -> dict[str, Any]:
-        job = Job(model.name, self.out / "measure" / model.name)
-        return job.read() if job.done else {}
 
 
 def study(
@@ -81,13 +53,13 @@ def study(
     with lock_run(out):
         plan = make_plan(declared)
         base = load_recipe(declared.recipe, declared.set)
-        shapes = data_shapes(base, _text_tokenizer(base, out, declared.seeds[0], console))
+        shapes = data_shapes(base, text_tokenizer(base, out, declared.seeds[0], console))
         count(plan, shapes)
         earlier = extend.read_earlier(_declared(plan, base))
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
-        tokenizers, timed = _tokenizer_jobs(work, base), _measure_jobs(work, base)
+        tokenizers, timed = tokenizer_jobs(work, base), measure_jobs(work, base)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
-        for job in [*tokenizers, *timed, *(_job(work, r) for r in (sweep or main))]:
+        for job in [*tokenizers, *timed, *(job_of(work, r) for r in (sweep or main))]:
             job.check()
         replace_text(out / DECLARED, OmegaConf.to_yaml(OmegaConf.create(to_mapping(declared))))
         _run(work, tokenizers, "tokenizers")
@@ -100,10 +72,10 @@ def study(
         if dry_run:
             return None
         if sweep:
-            _run(work, [_job(work, r) for r in sweep], "learning rates")
+            _run(work, [job_of(work, r) for r in sweep], "learning rates")
             _choose_rates(work)
-        if all(rate is not None for rate in (_rate(work, r) for r in main)):
-            _run(work, [_job(work, r) for r in main], "runs")
+        if all(rate is not None for rate in (rate_of(work, r) for r in main)):
+            _run(work, [job_of(work, r) for r in main], "runs")
             _run(work, downstream_jobs(work), "downstream tasks")
         return _report(work, base, earlier)
 
@@ -159,103 +131,6 @@ def _padding(shapes: Sequence[Sequence[Shape]], base: Recipe) -> float:
     return 1 - sum(s.tokens(base.model) for s in flat) / positions
 
 
-# ---------------------------------------------------------------------------------------------------------------- jobs
-def _seeded(base: Recipe, seed: int) -> Recipe:
-    recipe = copy.deepcopy(base)
-    recipe.seed, recipe.run.dir = seed, ""
-    return recipe
-
-
-def _text_tokenizer(base: Recipe, out: Path, seed: int, console: Console) -> TextTokenizer:
-    return prepare_text_tokenizer(_seeded(base, seed), out / TOKENIZERS / f"seed-{seed}", console)
-
-
-def _tokenizer_jobs(work: Work, base: Recipe) -> list[Job]:
-    """One for each seed. A recipe that names a trained visual tokenizer, or takes stored codes, is quick here."""
-    seeds = dict.fromkeys(run.seed for run in work.plan.runs)
-    return [
-        Job(
-            f"tokenizers-seed{seed}",
-            work.tokenizers(seed),
-            {"kind": "tokenizers", "recipe": _plain(_seeded(base, seed))},
-        )
-        for seed in seeds
-    ]
-
-
-def _measure_jobs(work: Work, base: Recipe) -> list[Job]:
-    """Run as many at a time as the study's runs, so that they see the same company."""
-    jobs = []
-    seed = work.plan.study.seeds[0]
-    for model in [*work.plan.models.values(), *work.plan.sweep.values()]:
-        spec = {
-            "kind": "measure", "steps": TIMED_STEPS, "recipe": _plain(_seeded(model.recipe, seed)),
-            "tokenizers": str(work.tokenizers(seed)),
-        }  # fmt: skip
-        jobs.append(Job(model.name, work.out / "measure" / model.name, spec))
-    return jobs
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return recipe_mapping(recipe)
-
-
-def _rate(work: Work, run: Run) -> float | None:
-    if run.rate is not None:
-        return run.rate
-    return carried_rate(work.plan, work.plan.model(run), work.rates) if run.side in work.rates else None
-
-
-def _job(work: Work, run: Run) -> Job:
-    folder = work.out / ("sweep" if run.stage == "sweep" else "runs") / run.id
-    rate = _rate(work, run)
-    spec = None
-    if rate is not None:
-        recipe = recipe_of(work.plan, run, rate, str(folder), str(work.tokenizers(run.seed)))
-        spec = {"kind": "train", "recipe": _plain(recipe)}
-    seconds = work.measured(work.plan.model(run)).get("seconds", 0.0) * run.steps + _overhead(work)
-    return Job(run.id, folder, spec, seconds=seconds, flops=run.flops, steps=run.steps)
-
-
-def _overhead(work: Work) -> float:
-    """Seconds of a run's process that are no training; of finished runs, where there are any."""
-    found = []
-    for run in work.plan.runs:
-        file = work.out / ("sweep" if run.stage == "sweep" else "runs") / run.id / "result.json"
-        if file.is_file():
-            result = json.loads(file.read_text())
-            found.append(max(0.0, result["process_seconds"] - result["seconds"]))
-    return statistics.median(found) if found else OVERHEAD
-
-
-def downstream_jobs(work: Work) -> list[Job]:
-    """Fine-tuning of the chosen models' longest finished runs, on every task and seed."""
-    declared, jobs = work.plan.study.downstream, []
-    names: list[str] = []
-    for name in declared.models:
-        names += list(work.plan.ablation.values()) if name == "ablation" else [name]
-    for name in dict.fromkeys(names):
-        if name not in work.plan.models:
-            known = ", ".join(work.plan.models)
-            raise StudyError(f"key 'downstream.models': no model '{name}' in this study; there are {known}")
-        for run in longest(work.plan, name):
-            start = _job(work, run)
-            for task in declared.tasks if start.done else []:
-                folder = work.out / "downstream" / f"{task}-{run.id}"
-                spec = {
-                    "kind": "finetune", "task": task, "recipe": declared.recipe, "init": str(start.folder),
-                    "overrides": [*declared.set, f"seed={run.seed}"],
-                }  # fmt: skip
-                jobs.append(Job(folder.name, folder, spec, seconds=start.seconds))
-    return jobs
-
-
-def longest(plan: Plan, model: str) -> list[Run]:
-    runs = [r for r in plan.runs if r.stage == "main" and r.model == model]
-    most = max((r.steps for r in runs), default=0)
-    return [r for r in runs if r.steps == most]
-
-
 def _run(work: Work, jobs: list[Job], what: str) -> None:
     for job in jobs:
         job.check()
@@ -299,7 +174,7 @@ def _choose_rates(work: Work) -> None:
     for side in work.plan.sweep:
         losses: dict[float, list[float]] = {}
         for run in work.plan.runs:
-            job = _job(work, run)
+            job = job_of(work, run)
             if run.stage == "sweep" and run.side == side and job.done and run.rate is not None:
                 losses.setdefault(run.rate, []).append(job.read()["loss"])
         tried = work.plan.study.sweep
@@ -321,8 +196,8 @@ def rows_of(work: Work) -> list[Row]:
     """The table, with downstream scores in the rows of the runs they start from."""
     rows = []
     for run in work.plan.runs:
-        job = _job(work, run)
-        rows.append(row_of(work.plan, run, job, _rate(work, run), work.measured(work.plan.model(run))))
+        job = job_of(work, run)
+        rows.append(row_of(work.plan, run, job, rate_of(work, run), work.measured(work.plan.model(run))))
     by_id = {row["run"]: row for row in rows}
     for job in downstream_jobs(work):
         task, _, run_id = job.id.partition("-")
@@ -338,7 +213,7 @@ def show_runs(work: Work) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
     for column in ("model", "steps", "seeds", "tokens", "FLOPs", "x dense", "memory", "each", "status"):
         table.add_column(column, justify="left" if column in ("model", "status") else "right", no_wrap=True)
-    jobs = [_job(work, run) for run in work.plan.runs]
+    jobs = [job_of(work, run) for run in work.plan.runs]
     lines: dict[tuple[str, int], list[tuple[Run, Job]]] = {}
     for run, job in zip(work.plan.runs, jobs, strict=True):
         name = run.model if run.stage == "main" else f"sweep {run.side} {run.rate:g}"

@@ -1,0 +1,146 @@
+"""What a study under way knows, and its jobs: tokenizers, a few timed steps, trainings, fine-tunings."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vlmoe.config import Recipe
+from vlmoe.config import to_mapping as recipe_mapping
+from vlmoe.data.text_tokenizer import TextTokenizer
+from vlmoe.model.flops import Shape
+from vlmoe.study.declare import StudyError
+from vlmoe.study.grid import Model, Plan, Run, carried_rate, recipe_of
+from vlmoe.study.schedule import Job, Meter
+from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer
+
+TIMED_STEPS = 8  # of every model, before anything is trained
+OVERHEAD = 12.0  # seconds that a run's process takes besides training, until runs say better
+
+
+@dataclass
+class Work:
+    """A study under way. rates: side -> the sweep's best. notes: what a reader must know."""
+
+    plan: Plan
+    out: Path
+    jobs_at_a_time: int
+    console: Console
+    meter: Meter
+    shapes: list[list[Shape]]
+    retry: bool = False
+    rates: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def tokenizers(self, seed: int) -> Path:
+        return self.out / TOKENIZERS / f"seed-{seed}"
+
+    def folder(self, run: Run) -> Path:
+        return self.out / ("sweep" if run.stage == "sweep" else "runs") / run.id
+
+    def measured(self, model: Model) -> dict[str, Any]:
+        job = Job(model.name, self.out / "measure" / model.name)
+        return job.read() if job.done else {}
+
+
+def seeded(base: Recipe, seed: int) -> Recipe:
+    """The recipe with this seed and no folder of its own."""
+    recipe = copy.deepcopy(base)
+    recipe.seed, recipe.run.dir = seed, ""
+    return recipe
+
+
+def text_tokenizer(base: Recipe, out: Path, seed: int, console: Console) -> TextTokenizer:
+    """That of one seed, trained where it is not there yet."""
+    return prepare_text_tokenizer(seeded(base, seed), out / TOKENIZERS / f"seed-{seed}", console)
+
+
+def tokenizer_jobs(work: Work, base: Recipe) -> list[Job]:
+    """One for each seed. A recipe that names a trained visual tokenizer, or takes stored codes, is quick here."""
+    seeds = dict.fromkeys(run.seed for run in work.plan.runs)
+    return [
+        Job(
+            f"tokenizers-seed{seed}",
+            work.tokenizers(seed),
+            {"kind": "tokenizers", "recipe": recipe_mapping(seeded(base, seed))},
+        )
+        for seed in seeds
+    ]
+
+
+def measure_jobs(work: Work, base: Recipe) -> list[Job]:
+    """Run as many at a time as the study's runs, so that they see the same company."""
+    jobs = []
+    seed = work.plan.study.seeds[0]
+    for model in [*work.plan.models.values(), *work.plan.sweep.values()]:
+        spec = {
+            "kind": "measure", "steps": TIMED_STEPS, "recipe": recipe_mapping(seeded(model.recipe, seed)),
+            "tokenizers": str(work.tokenizers(seed)),
+        }  # fmt: skip
+        jobs.append(Job(model.name, work.out / "measure" / model.name, spec))
+    return jobs
+
+
+def rate_of(work: Work, run: Run) -> float | None:
+    """A run's learning rate; None while the sweep that decides it is not done."""
+    if run.rate is not None:
+        return run.rate
+    return carried_rate(work.plan, work.plan.model(run), work.rates) if run.side in work.rates else None
+
+
+def job_of(work: Work, run: Run) -> Job:
+    """What trains a run, and how long it will take."""
+    folder = work.folder(run)
+    rate = rate_of(work, run)
+    spec = None
+    if rate is not None:
+        recipe = recipe_of(work.plan, run, rate, str(folder), str(work.tokenizers(run.seed)))
+        spec = {"kind": "train", "recipe": recipe_mapping(recipe)}
+    seconds = work.measured(work.plan.model(run)).get("seconds", 0.0) * run.steps + _overhead(work)
+    return Job(run.id, folder, spec, seconds=seconds, flops=run.flops, steps=run.steps)
+
+
+def _overhead(work: Work) -> float:
+    """Seconds of a run's process that are no training; of finished runs, where there are any."""
+    found = []
+    for run in work.plan.runs:
+        file = work.folder(run) / "result.json"
+        if file.is_file():
+            result = json.loads(file.read_text())
+            found.append(max(0.0, result["process_seconds"] - result["seconds"]))
+    return statistics.median(found) if found else OVERHEAD
+
+
+def downstream_jobs(work: Work) -> list[Job]:
+    """Fine-tuning of the chosen models' longest finished runs, on every task and seed."""
+    declared, jobs = work.plan.study.downstream, []
+    names: list[str] = []
+    for name in declared.models:
+        names += list(work.plan.ablation.values()) if name == "ablation" else [name]
+    for name in dict.fromkeys(names):
+        if name not in work.plan.models:
+            known = ", ".join(work.plan.models)
+            raise StudyError(f"key 'downstream.models': no model '{name}' in this study; there are {known}")
+        for run in longest(work.plan, name):
+            start = job_of(work, run)
+            for task in declared.tasks if start.done else []:
+                folder = work.out / "downstream" / f"{task}-{run.id}"
+                spec = {
+                    "kind": "finetune", "task": task, "recipe": declared.recipe, "init": str(start.folder),
+                    "overrides": [*declared.set, f"seed={run.seed}"],
+                }  # fmt: skip
+                jobs.append(Job(folder.name, folder, spec, seconds=start.seconds))
+    return jobs
+
+
+def longest(plan: Plan, model: str) -> list[Run]:
+    """A model's runs of most steps, one for each seed."""
+    runs = [r for r in plan.runs if r.stage == "main" and r.model == model]
+    most = max((r.steps for r in runs), default=0)
+    return [r for r in runs if r.steps == most]
