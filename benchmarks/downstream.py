@@ -6,7 +6,8 @@ For each seed the recipe is pre-trained; then each task is fine-tuned from these
 (from pre-trained weights, without the image, or without the premise), with the same recipe, data and steps; NLI also
 from these weights but for the words' embeddings. Runs land
 in --runs and finished ones are not repeated, so an interrupted study goes on. With --jobs each run has one thread.
-The interval over seeds is Student's t at 95%. Ends with the tables of docs/results-tasks.md; `--show FILE` prints them again.
+The interval over seeds is Student's t at 95%. Ends with the tables of docs/results-tasks.md;
+`--show FILE` prints them again.
 """
 
 from __future__ import annotations

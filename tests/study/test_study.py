@@ -15,6 +15,8 @@ from vlmoe.config import load_recipe, to_mapping
 from vlmoe.data.loader import held_out
 from vlmoe.evaluate.masked import losses
 from vlmoe.study.declare import Budget, StudyError, load_study
+from vlmoe.study.declare import to_mapping as study_mapping
+from vlmoe.study.extend import read_earlier
 from vlmoe.study.grid import count, make_plan
 from vlmoe.study.measure import data_shapes
 from vlmoe.study.schedule import Job, Meter, run_jobs
@@ -22,6 +24,7 @@ from vlmoe.study.worker import held_out_scores
 from vlmoe.tasks.export import load_pretrained
 from vlmoe.train.pretrain import prepare_text_tokenizer
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SMALL = [
     "model.width=32", "model.heads=2", "model.depth=2", "model.codes=32", "data.text_tokenizer.samples=300",
     "data.visual_tokenizer.steps=3", "data.batch={pair: 4, image: 1, text: 1}", "data.workers=0", "train.warmup=2",
@@ -179,6 +182,21 @@ def test_a_study_goes_on_where_another_ended(launches: dict[str, Any], tmp_path:
         assert {row["run"] for row in csv.DictReader(lines)} == set(rows)
     assert f"4 runs are those of {launches['out']}" in (tmp_path / "longer" / "study.md").read_text()
     assert not (tmp_path / "longer" / "runs" / "fine-6-seed0").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "committed"), [("world-longer", "study-world"), ("world-names-widths", "study-world-names-longer")]
+)
+def test_a_packaged_study_goes_on_from_committed_results(name: str, committed: str) -> None:
+    """Reports of before recipes had today's keys, too."""
+    declared = load_study(name, [f"extends={RESULTS / committed}"])
+    models = {m.name: {"model": to_mapping(m.recipe)["model"]} for m in make_plan(declared).models.values()}
+    recipe = to_mapping(load_recipe(declared.recipe, declared.set))
+    about = {"declared": study_mapping(declared), "recipe": recipe, "models": models}
+    earlier = read_earlier(about)
+    assert earlier is not None
+    assert earlier["name"] == committed.removeprefix("study-")
+    assert earlier["runs"]
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,19 @@ def test_keys_that_do_not_change_the_numbers_are_free(run_dir: Path) -> None:
         checkpoint.check_recipe(run_dir / "checkpoints" / "step-4", recipe)
 
 
+def test_a_checkpoint_from_before_a_key_was_there_says_what_it_did(run_dir: Path) -> None:
+    path = run_dir / "checkpoints" / "step-4"
+    state = json.loads((path / STATE).read_text())
+    del state["recipe"]["init"], state["recipe"]["train"]["patch_lr"]
+    (path / STATE).write_text(json.dumps(state))
+    recipe = going_on(run_dir)
+    recipe.train.patch_lr = 1.0
+    checkpoint.check_recipe(path, recipe)
+    recipe.train.patch_lr = None
+    with pytest.raises(CheckpointError, match=r"train\.patch_lr: the checkpoint has 1\.0, the recipe None"):
+        checkpoint.check_recipe(path, recipe)
+
+
 def test_pruning_and_sweeping(tmp_path: Path) -> None:
     for name in ("step-2", "step-10", "step-9", ".step-4.tmp-77", ".step-1.old-77", "step-x", "notes"):
         (tmp_path / name).mkdir()

@@ -16,6 +16,7 @@ from vlmoe.config.reading import (
     recipe_names,
     to_mapping,
     to_yaml,
+    with_later_keys,
 )
 from vlmoe.config.schema import (
     BatchConfig,
@@ -71,4 +72,5 @@ __all__ = [
     "sparse_blocks",
     "to_mapping",
     "to_yaml",
+    "with_later_keys",
 ]

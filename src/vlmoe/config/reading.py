@@ -18,6 +18,7 @@ from vlmoe.config.validation import validate
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
 GROUPS = vars(schema) | vars(finetune)  # name -> dataclass of every group of keys
+BEFORE = {"init": "", "train.patch_lr": 1.0}  # what recipes did that were written before these keys were there
 
 
 def recipe_names(folder: str = "") -> list[str]:
@@ -139,6 +140,13 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix.rstrip("."): value}
     return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
+
+
+def with_later_keys(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`then`, flat and perhaps written before some keys were there, with what it did for those of them `now` has.
+
+    prefix: of both's keys."""
+    return {prefix + k: v for k, v in BEFORE.items() if prefix + k in now} | then
 
 
 def to_yaml(recipe: Recipe | FinetuneRecipe) -> str:

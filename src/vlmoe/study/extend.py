@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vlmoe.config import flat
+from vlmoe.config import flat, with_later_keys
 from vlmoe.study.collect import finished
 from vlmoe.study.declare import StudyError
 from vlmoe.study.plan import read_report
@@ -52,7 +52,8 @@ def join(earlier: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same_keys(what: str, then: Any, now: Any, where: str) -> None:
-    before, after = flat(then), flat(now)
+    after = flat(now)
+    before = with_later_keys(flat(then), after)
     for key in sorted(before.keys() | after.keys()):
         if key not in FREE:
             _same(f"{what}, key '{key}'", before.get(key), after.get(key), where)

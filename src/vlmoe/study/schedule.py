@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from vlmoe.config import flat
+from vlmoe.config import flat, with_later_keys
 from vlmoe.study import worker
 from vlmoe.study.declare import Budget, StudyError
 from vlmoe.study.worker import FAILED, JOB, LOG, RESULT
@@ -75,7 +75,8 @@ class Job:
         file = self.folder / JOB
         if not file.is_file() or not (self.done or (self.folder / METRICS).exists()):
             return
-        then, now = flat(json.loads(file.read_text())), flat(self.spec)
+        now = flat(self.spec)
+        then = with_later_keys(flat(json.loads(file.read_text())), now, "recipe.")
         other = [k for k in sorted(then | now) if then.get(k) != now.get(k) and not k.endswith(FREE)]
         if other:
             key = other[0]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmoe.config import FinetuneRecipe, Recipe, UserError, to_mapping
+from vlmoe.config import FinetuneRecipe, Recipe, UserError, to_mapping, with_later_keys
 from vlmoe.tasks.base import Task
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -239,7 +239,8 @@ def check_recipe(path: Path, recipe: Recipe | FinetuneRecipe) -> None:
     Raises:
         CheckpointError: lists every key that differs, with both values.
     """
-    then, now = _flat(read_state(path).recipe), _flat(to_mapping(recipe))
+    now = _flat(to_mapping(recipe))
+    then = with_later_keys(_flat(read_state(path).recipe), now)
     differing = [
         f"  {key}: the checkpoint has {then.get(key, 'no such key')!r}, the recipe {now.get(key, 'no such key')!r}"
         for key in sorted(then | now)
