@@ -297,15 +297,17 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     on = f" on each of {plan['devices']} devices" if plan["devices"] > 1 else ""
     console.print(f"{short(plan['flops'])} FLOPs, {gib(plan['memory'])}{on}: {plan['candidates']} candidates fit, "
                   f"{plan['too_large']} need more memory", highlight=False)  # fmt: skip
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("", "model", "loss [95%]", "parameters", "per token", "tokens", "steps", "memory", "time"):
-        table.add_column(column, justify="left" if column in ("", "model") else "right")
-    for why, c in [("recommended", best), *((c["why"], c) for c in plan["alternatives"])]:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns, names stand above it
+    for column in ("", "loss [95%]", "params", "per token", "tokens", "steps", "memory", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for number, c in enumerate([best, *plan["alternatives"]], start=1):
+        console.print(f"{number} {c.get('why') or 'recommended'}: {c['name']}", highlight=False)
         table.add_row(
-            why, c["name"], f"{c['loss']:.3f} [{c['low']:.3f}, {c['high']:.3f}]", short(c["params_total"]),
+            str(number), f"{c['loss']:.3f} [{c['low']:.3f}, {c['high']:.3f}]", short(c["params_total"]),
             short(c["params_per_token"]), short(c["tokens"]), f"{c['steps']:,}", gib(c["memory"]),
             duration(c["seconds"]),
         )  # fmt: skip
+    console.print()
     console.print(table)
     console.print(f"\nRecommended, as a run:\n  {command(plan)}", highlight=False, soft_wrap=True)
     speed = short(plan["flops_per_second"])
