@@ -35,7 +35,8 @@ def runs(seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
                     found.append({
                         "run": f"{model}-{n:g}-{e:g}-{d:g}-{seed}", "stage": "main", "status": "done", "side": side,
                         "model": f"{model}-{n:g}-{e:g}", "seed": seed, "steps": int(d / 1e3), "params_active": n,
-                        "expansion": e, "tokens": d, "flops": 6 * n * d, "flops_per_second": 2e9 if e == 1 else 1e9,
+                        "width": n, "depth": 4, "expansion": e, "tokens": d,
+                        "flops": 6 * n * d, "flops_per_second": 2e9 if e == 1 else 1e9,
                         "loss": truth(n, e, d) * np.exp(NOISE * rng.standard_normal()),
                     })  # fmt: skip
     return found
@@ -77,6 +78,8 @@ def test_held_out_runs_fall_into_their_interval() -> None:
     most = max(r["flops"] for r in RUNS if r["run"] in fitted)
     assert all(r["flops"] >= most for r in RUNS if r["run"] not in fitted)  # it extrapolates in compute
     assert len(found["runs"]) >= 10
+    out = {(r["width"], r["steps"]) for r in RUNS if r["run"] not in fitted}
+    assert not [r for r in RUNS if r["run"] in fitted and (r["width"], r["steps"]) in out]  # nor a twin of one
     assert found["inside"] >= 0.8
     assert found["mean_error"] < 0.01
 

@@ -130,14 +130,13 @@ def fit(rows: Sequence[Row], form: str | None = None, refits: int = REFITS) -> F
     Raises StudyError: too few different runs.
     """
     runs = finished(rows)
-    data = _data(runs)
     different = len({(r["params_active"], r["expansion"], r["tokens"]) for r in runs})
     if different < len(NAMES["additive"]) + 2:
         raise StudyError(
             f"a scaling law has {len(NAMES['additive'])} parameters and needs at least "
             f"{len(NAMES['additive']) + 2} finished runs that differ in model or length; there are {different}"
         )
-    form = form or _better_form(runs)
+    form, data = form or _better_form(runs), _data(runs)
     vector, floor = _best(form, data)
     residual_R = np.log(data.loss) - np.log(_loss(form, vector, data, floor))
     scatter_R = residual_R * np.sqrt(len(runs) / max(1, len(runs) - len(vector)))
@@ -156,10 +155,12 @@ def fit(rows: Sequence[Row], form: str | None = None, refits: int = REFITS) -> F
 
 
 def check(rows: Sequence[Row], form: str | None = None, refits: int = REFITS) -> dict[str, Any] | None:
-    """Fit without the runs of most FLOPs (a fifth, whole lengths with all their seeds) and predict them: extrapolation
-    in compute. None where too few runs would be left."""
+    """Fit without the runs of most FLOPs (a fifth) and predict them: extrapolation in compute. What leaves the fit is
+    all that a width and depth has of a length, dense and sparse, every seed: a twin in the fit would give the others
+    away. None where too few runs would be left."""
     runs = finished(rows)
-    by_length = sorted(groups(runs, "model", "steps").values(), key=lambda g: -g[0]["flops"])
+    sizes = groups(runs, "width", "depth", "steps").values()
+    by_length = sorted(sizes, key=lambda group: -max(r["flops"] for r in group))
     out: list[Row] = []
     for group in by_length:
         if out and len(out) + len(group) > max(2, HELD_OUT * len(runs)):

@@ -36,6 +36,7 @@ UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "ki": 2**10,
 WIDER = 1.12  # from one width to the next, at least
 FEWEST = 100  # steps that a run must have
 CLOSE = 1.01  # losses within 1% of the best count as equal to it
+FASTER = 0.95  # share of the time that is worth a line
 
 
 @dataclass
@@ -280,7 +281,7 @@ def _alternatives(found: list[Candidate]) -> list[Candidate]:
          lambda c: c.loss)  # fmt: skip
     close = [c for c in found if c.loss <= CLOSE * first.loss]
     take("least memory within 1% of the loss", [c for c in close if c.memory < first.memory], lambda c: c.memory)
-    take("fastest within 1% of the loss", [c for c in close if (c.seconds or 0) < (first.seconds or 0)],
+    take("fastest within 1% of the loss", [c for c in close if (c.seconds or 0) < FASTER * (first.seconds or 0)],
          lambda c: c.seconds)  # fmt: skip
     take("next best of another width", [c for c in found if c.recipe.model.width != first.recipe.model.width],
          lambda c: c.loss)  # fmt: skip

@@ -274,8 +274,9 @@ def _law_section(report: dict[str, Any]) -> Section | None:
     )
     if checked:
         text += (
-            f" Without the {len(checked['runs'])} runs of most FLOPs it predicts them with a mean error of "
-            f"{checked['mean_error']:.2%}; {checked['inside']:.0%} of them lie in their 95% interval."
+            f" Without the {len(checked['runs'])} runs of most FLOPs (all of a size and length, dense and sparse) it "
+            f"predicts them with a mean error of {checked['mean_error']:.2%}; {checked['inside']:.0%} of them lie in "
+            "their 95% interval."
         )
     head = ["parameter", "value", "95% over refits"]
     body = [
