@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmoe.cli import app
-from vlmoe.config import load_recipe, to_mapping
+from vlmoe.config import from_mapping, load_recipe, to_mapping
 from vlmoe.model import sizes
 from vlmoe.study.declare import StudyError
 from vlmoe.study.law import check, fit
@@ -43,6 +43,11 @@ def runs(seeds: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
 
 
 RUNS = runs()
+SHAPES = [
+    {"kind": "pair", "samples": 32.0, "text": 24.0, "real": 512.0, "words": 200.0, "patches": 460.8},
+    {"kind": "image", "samples": 8.0, "text": 0.0, "real": 0.0, "words": 0.0, "patches": 115.2},
+    {"kind": "text", "samples": 8.0, "text": 24.0, "real": 128.0, "words": 19.2, "patches": 0.0},
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def report() -> dict[str, Any]:
     return {
         "runs": RUNS, "recipe": to_mapping(dense), "base": "demo", "machine": {"device_name": "a machine"},
         "models": models, "sweep": {"dense": {"best": 2e-3, "width": 64, "width_power": -0.5}},
-        "declared": {"expert_power": 0.5},
+        "declared": {"expert_power": 0.5}, "shapes": SHAPES,
     }  # fmt: skip
 
 
@@ -122,6 +127,16 @@ def test_the_plan_takes_the_best_that_fits(report: dict[str, Any]) -> None:
     assert roomy["alternatives"][0]["learning_rate"] == pytest.approx(
         2e-3 * (roomy["alternatives"][0]["width"] / 64) ** -0.5
     )
+
+
+def test_a_plan_counts_texts_as_long_as_the_study_had_them(report: dict[str, Any]) -> None:
+    half = ["data.batch={pair: 16, image: 4, text: 4}"]  # of what the shapes have
+    best = make_plan(report, 1e13, 1e9, half, refits=5)["recommended"]
+    m = from_mapping(report["recipe"]).model
+    seen = 20 * (1 + (m.image_size // m.patch) ** 2)  # of images and pairs
+    assert best["tokens"] == best["steps"] * (seen + (512 + 128) / 2)
+    with pytest.raises(StudyError, match="does not say how long its texts were"):
+        make_plan({k: v for k, v in report.items() if k != "shapes"}, 1e13, 1e9, refits=5)
 
 
 def test_memory_is_obeyed(report: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -43,6 +44,17 @@ def data_shapes(recipe: Recipe, tokenizer: TextTokenizer, micro_batches: int = 6
     """The shapes of the recipe's first micro-batches: padding and hidden tokens as they really are."""
     data = StepData(recipe, tokenizer)
     return [shapes_of(data[n]) for n in range(micro_batches)]
+
+
+def mean_shapes(shapes: Sequence[Sequence[Shape]]) -> list[dict[str, Any]]:
+    """Of each kind the mean shape of its batches, for a study's report: what a plan's steps will meet."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for shape in (s for batch in shapes for s in batch):
+        found.setdefault(shape.kind, []).append(asdict(shape))
+    return [
+        {"kind": kind} | {key: statistics.fmean(s[key] for s in each) for key in each[0] if key != "kind"}
+        for kind, each in found.items()
+    ]
 
 
 @dataclass

@@ -111,6 +111,11 @@ def make_plan(
     Raises StudyError: too few runs for a law, or nothing fits.
     """
     rows: list[Row] = report["runs"]
+    if "shapes" not in report:
+        raise StudyError(
+            "the study's report does not say how long its texts were, as those of an earlier version: the study's "
+            "command writes it anew, finished runs stay"
+        )
     law = fit(rows, refits=refits)
     base = _base(report, overrides)
     speed, slower = _speeds(rows)
@@ -120,8 +125,9 @@ def make_plan(
     found: list[Candidate] = []
     tight: list[int] = []
     limit = max(r["expansion"] for r in finished(rows)) * 1.001
-    for recipe in _recipes(base, template, flops / devices):
-        candidate = _price(recipe, flops, Sharding(devices, shard), rate, slower, limit)
+    shapes = _shapes(report["shapes"], base)
+    for recipe in _recipes(base, template, flops / devices, shapes):
+        candidate = _price(recipe, shapes, flops, Sharding(devices, shard), rate, slower, limit)
         if candidate is None:
             continue
         sparse = candidate.row["expansion"] > 1
@@ -194,7 +200,7 @@ def _template(rows: Sequence[Row], models: dict[str, Any]) -> dict[str, Any] | N
     return models[best["model"]]["model"]
 
 
-def _recipes(base: Recipe, template: dict[str, Any] | None, flops: float) -> list[Recipe]:
+def _recipes(base: Recipe, template: dict[str, Any] | None, flops: float, shapes: list[Shape]) -> list[Recipe]:
     """Dense and sparse models of growing width, depth in proportion, as long as `flops` pay for a dense one."""
     m = base.model
     head, aspect, fused = m.width // m.heads, m.width / m.depth, m.vl_ffn / m.depth
@@ -223,29 +229,44 @@ def _recipes(base: Recipe, template: dict[str, Any] | None, flops: float) -> lis
                 validate(recipe)
             except RecipeError:  # a pattern or a size that this width or depth does not allow
                 continue
-            if not experts and FEWEST * _step_flops(recipe) > flops:
+            if not experts and FEWEST * _step_flops(recipe, shapes) > flops:
                 return found
             found.append(recipe)
     return found
 
 
-def _step_flops(recipe: Recipe) -> float:
-    batch, m = recipe.data.batch, recipe.model
-    shapes = [Shape.full(m, recipe.data.masking, k, n) for k in KINDS if (n := getattr(batch, k))]
-    cost = sum(model_flops(m, shape, recipe.data.visual_tokenizer).total for shape in shapes)
+def _shapes(measured: Sequence[dict[str, Any]], base: Recipe) -> list[Shape]:
+    """The batches that the recipe's data will give, by those of the study; of a kind that it had not, with texts of
+    full length."""
+    of_kind = {shape["kind"]: shape for shape in measured}
+    found = []
+    for kind in KINDS:
+        samples = getattr(base.data.batch, kind)
+        if samples and kind in of_kind:
+            had = of_kind[kind]
+            sums = {k: round(had[k] * samples / had["samples"]) for k in ("real", "words", "patches")}
+            found.append(Shape(kind, samples, text=round(had["text"]), **sums))
+        elif samples:
+            found.append(Shape.full(base.model, base.data.masking, kind, samples))
+    return found
+
+
+def _step_flops(recipe: Recipe, shapes: Sequence[Shape]) -> float:
+    cost = sum(model_flops(recipe.model, shape, recipe.data.visual_tokenizer).total for shape in shapes)
     return cost * recipe.train.accumulate
 
 
 def _price(
-    recipe: Recipe, flops: float, sharding: Sharding, rate: float, slower: float, limit: float
+    recipe: Recipe, shapes: list[Shape], flops: float, sharding: Sharding, rate: float, slower: float, limit: float
 ) -> Candidate | None:
     """None where the model has more experts than the study tried, or too few steps are paid for."""
     if sizes(recipe.model).expansion > limit:
         return None
-    steps = int(flops / (_step_flops(recipe) * sharding.devices))
+    steps = int(flops / (_step_flops(recipe, shapes) * sharding.devices))
     if steps < FEWEST:
         return None
-    cost = account(recipe, sharding=sharding)
+    cost = account(recipe, shapes, sharding)
+    memory = account(recipe, sharding=sharding).memory.peak  # some batch has a text of full length
     recipe.train.steps = steps
     m, s = recipe.model, cost.sizes
     sparse = s.expansion > 1
@@ -260,7 +281,7 @@ def _price(
         "params_per_token": s.params_per_token,
     }  # fmt: skip
     seconds = spent / rate * (slower if sparse else 1.0)
-    return Candidate(name, recipe, row, steps, cost.memory.peak, seconds)
+    return Candidate(name, recipe, row, steps, memory, seconds)
 
 
 def _alternatives(found: list[Candidate]) -> list[Candidate]:

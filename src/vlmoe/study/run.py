@@ -27,7 +27,7 @@ from vlmoe.study import extend
 from vlmoe.study.collect import Row, row_of
 from vlmoe.study.declare import Study, StudyError, to_mapping
 from vlmoe.study.grid import Model, Plan, Run, count, make_plan
-from vlmoe.study.measure import data_shapes
+from vlmoe.study.measure import data_shapes, mean_shapes
 from vlmoe.study.plan import duration
 from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
 from vlmoe.study.work import Work, downstream_jobs, job_of, measure_jobs, rate_of, text_tokenizer, tokenizer_jobs
@@ -105,7 +105,8 @@ def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[st
     }
     about = _declared(work.plan, base) | {
         "sweep": sweep, "notes": work.notes,
-        "padding": _padding(work.shapes, base), "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
+        "padding": _padding(work.shapes, base), "shapes": mean_shapes(work.shapes),
+        "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
         "machine": machine(pick_device(base.train.device)) | {"threads": 1}, "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["vlmoe", *sys.argv[1:]]), "runs": rows,
