@@ -182,6 +182,10 @@ def test_plan_as_a_command(report: dict[str, Any], tmp_path: Path) -> None:
         (["--flops", "1e13", "--memory", "much", "--study", str(file)], "80GB or 64GiB"),
         (["--flops", "1e13", "--memory", "1GB", "--study", str(tmp_path / "none")], "no such file"),
         (["--flops", "1e13", "--memory", "1GB"], "--study is missing"),
+        (
+            ["--flops", "1e13", "--memory", "1GB", "--study", str(file), "model.widht=3"],
+            "the study's recipe: unknown key",
+        ),
     ):
         failed = CliRunner().invoke(app, ["plan", *wrong])
         assert failed.exit_code != 0

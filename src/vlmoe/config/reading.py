@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -36,6 +37,13 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
     given, name = _given(recipe, "")
     _override(given, overrides)
     return from_mapping(OmegaConf.to_container(given), origin=recipe, name=name)  # type: ignore[arg-type]
+
+
+def override(recipe: dict[str, Any], overrides: Sequence[str], origin: str) -> Recipe:
+    """A recipe of plain nested dicts with `key=value` overrides. origin: what errors call it."""
+    given = OmegaConf.create(recipe)
+    _override(given, list(overrides))
+    return from_mapping(OmegaConf.to_container(given), origin=origin)  # type: ignore[arg-type]
 
 
 def load_finetune(
@@ -101,14 +109,14 @@ def _given(recipe: str, folder: str) -> tuple[DictConfig, str]:
 
 
 def _override(given: DictConfig, overrides: list[str] | None) -> None:
-    for override in overrides or []:
-        key, sep, value = override.partition("=")
+    for word in overrides or []:
+        key, sep, value = word.partition("=")
         if not sep or not key:
-            raise RecipeError(f"override '{override}': expected key=value, for example train.steps=100")
+            raise RecipeError(f"override '{word}': expected key=value, for example train.steps=100")
         try:
             OmegaConf.update(given, key, OmegaConf.create(f"v: {value}").v if value else "", merge=True)
         except Exception as error:
-            raise RecipeError(f"override '{override}': {_first_line(error)}") from None
+            raise RecipeError(f"override '{word}': {_first_line(error)}") from None
 
 
 def from_mapping(

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmoe.config import Recipe, RecipeError, flat, from_mapping, load_recipe, to_mapping
+from vlmoe.config import Recipe, RecipeError, flat, load_recipe, override, to_mapping
 from vlmoe.config.validation import validate
 from vlmoe.model.accounting import KINDS, account, gib
 from vlmoe.model.flops import Shape
@@ -117,7 +117,7 @@ def make_plan(
             "command writes it anew, finished runs stay"
         )
     law = fit(rows, refits=refits)
-    base = _base(report, overrides)
+    base = override(report["recipe"], overrides, "the study's recipe")
     speed, slower = _speeds(rows)
     rate = (flops_per_second or speed) * devices
     template = _template(rows, report["models"])
@@ -155,19 +155,6 @@ def make_plan(
         "alternatives": [c.as_dict() for c in _alternatives(found)],
         "base": report["base"], "overrides": overrides_of(found[0].recipe, load_recipe(report["base"])),
     }  # fmt: skip
-
-
-def _base(report: dict[str, Any], overrides: Sequence[str]) -> Recipe:
-    if not overrides:
-        return from_mapping(report["recipe"], origin="the study's recipe")
-    from tempfile import TemporaryDirectory
-
-    from omegaconf import OmegaConf
-
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(OmegaConf.to_yaml(OmegaConf.create(report["recipe"])))
-        return load_recipe(str(file), list(overrides))
 
 
 def _speeds(rows: Sequence[Row]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from vlmoe.study.collect import Row, row_of
 from vlmoe.study.declare import Study, StudyError, to_mapping
 from vlmoe.study.grid import Model, Plan, Run, count, make_plan
 from vlmoe.study.measure import data_shapes, mean_shapes
-from vlmoe.study.plan import duration
+from vlmoe.study.plan import duration, read_report
 from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
 from vlmoe.study.work import Work, downstream_jobs, job_of, measure_jobs, rate_of, text_tokenizer, tokenizer_jobs
 from vlmoe.train.loop import pick_device
@@ -50,6 +50,8 @@ def study(
         SystemExit: 128 + signal, when it was told to stop; the same command goes on.
     """
     console = console or Console()
+    if declared.extends:
+        read_report(Path(declared.extends))  # where there is none, nothing is begun
     with lock_run(out):
         plan = make_plan(declared)
         base = load_recipe(declared.recipe, declared.set)
