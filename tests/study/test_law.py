@@ -13,7 +13,7 @@ from vlmoe.config import from_mapping, load_recipe, to_mapping
 from vlmoe.model import sizes
 from vlmoe.study.declare import StudyError
 from vlmoe.study.law import check, fit
-from vlmoe.study.plan import make_plan, parse_size, warning
+from vlmoe.study.plan import Speeds, make_plan, parse_size, warning
 
 BASE = ["model.width=64", "model.heads=4", "model.depth=4"]
 NOISE = 0.004
@@ -137,6 +137,17 @@ def test_a_plan_counts_texts_as_long_as_the_study_had_them(report: dict[str, Any
     assert best["tokens"] == best["steps"] * (seen + (512 + 128) / 2)
     with pytest.raises(StudyError, match="does not say how long its texts were"):
         make_plan({k: v for k, v in report.items() if k != "shapes"}, 1e13, 1e9, refits=5)
+
+
+def test_speed_depends_on_side_and_size() -> None:
+    rows = [r | {"flops_per_second": r["params_active"] * (1e4 if r["side"] == "dense" else 5e3)} for r in RUNS]
+    measured, given = Speeds(rows, None), Speeds(rows, 1e12)
+    assert measured.of("dense", 7e4) == pytest.approx(7e8)  # between 5e4 and 1e5
+    assert measured.of("sparse", 7e4) == pytest.approx(3.5e8)
+    assert measured.of("dense", 1e9) == pytest.approx(4e9)  # beyond: that of the largest
+    assert (given.of("dense", 7e4), given.of("sparse", 7e4)) == (1e12, pytest.approx(5e11))
+    with pytest.raises(StudyError, match="no finished dense run"):
+        Speeds([r for r in rows if r["side"] == "sparse"], None)
 
 
 def test_memory_is_obeyed(report: dict[str, Any]) -> None:

@@ -11,11 +11,13 @@ import copy
 import json
 import re
 import shlex
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -108,7 +110,7 @@ def make_plan(
     overrides: of the study's recipe (batch, precision, recomputation). flops_per_second: what a device sustains in
     training dense models; None: what the study measured, which holds for its machine.
 
-    Raises StudyError: too few runs for a law, or nothing fits.
+    Raises StudyError: too few runs for a law, a report of an earlier version, or nothing fits.
     """
     rows: list[Row] = report["runs"]
     if "shapes" not in report:
@@ -118,8 +120,7 @@ def make_plan(
         )
     law = fit(rows, refits=refits)
     base = override(report["recipe"], overrides, "the study's recipe")
-    speed, slower = _speeds(rows)
-    rate = (flops_per_second or speed) * devices
+    speeds = Speeds(rows, flops_per_second)
     template = _template(rows, report["models"])
     power = report.get("declared", {}).get("expert_power", 0.0)  # studies before there was one had one rate
     found: list[Candidate] = []
@@ -127,7 +128,7 @@ def make_plan(
     limit = max(r["expansion"] for r in finished(rows)) * 1.001
     shapes = _shapes(report["shapes"], base)
     for recipe in _recipes(base, template, flops / devices, shapes):
-        candidate = _price(recipe, shapes, flops, Sharding(devices, shard), rate, slower, limit)
+        candidate = _price(recipe, shapes, flops, Sharding(devices, shard), speeds, limit)
         if candidate is None:
             continue
         sparse = candidate.row["expansion"] > 1
@@ -149,24 +150,37 @@ def make_plan(
     where = report["machine"].get("device_name")
     return {
         "flops": flops, "memory": memory, "devices": devices, "candidates": len(found),
-        "too_large": len(tight) - len(found), "law": law.as_dict(), "flops_per_second": rate,
-        "speed_from": "given" if flops_per_second else f"the study's runs, one thread of {where}",
-        "sparse_slower": slower, "recommended": found[0].as_dict(),
+        "too_large": len(tight) - len(found), "law": law.as_dict(),
+        "speed_from": "given for dense models" if flops_per_second else f"one thread of {where}",
+        "recommended": found[0].as_dict(),
         "alternatives": [c.as_dict() for c in _alternatives(found)],
         "base": report["base"], "overrides": overrides_of(found[0].recipe, load_recipe(report["base"])),
     }  # fmt: skip
 
 
-def _speeds(rows: Sequence[Row]) -> tuple[float, float]:
-    """FLOPs per second of the dense runs, and how many times more seconds a FLOP of a sparse run takes (medians)."""
-    rates: dict[str, list[float]] = {
-        side: sorted(r["flops_per_second"] for r in runs if r["flops_per_second"])
-        for side, runs in groups(finished(rows), "side").items()
-    }
-    median = {side: values[len(values) // 2] for side, values in rates.items() if values}
-    if "dense" not in median:
-        raise StudyError("the study has no finished dense run to take the device's speed from; give --flops-per-second")
-    return median["dense"], median["dense"] / median.get("sparse", median["dense"])
+class Speeds:
+    """FLOPs per second of training on a device, by side and size: medians of the study's runs, log-log between their
+    sizes, at the ends those of the nearest. given: what dense models are said to do; sparse ones are then as much
+    slower as in the study."""
+
+    def __init__(self, rows: Sequence[Row], given: float | None) -> None:
+        self.given = given
+        self.points: dict[str, list[tuple[float, float]]] = {}
+        for (side, size), runs in groups(finished(rows), "side", "params_active").items():
+            if rates := [r["flops_per_second"] for r in runs if r["flops_per_second"]]:
+                self.points.setdefault(side, []).append((size, statistics.median(rates)))
+        if "dense" not in self.points:
+            raise StudyError("the study has no finished dense run to take the device's speed from")
+
+    def measured(self, side: str, size: float) -> float:
+        sizes, rates = zip(*sorted(self.points[side]), strict=True)
+        return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(rates))))
+
+    def of(self, side: str, size: float) -> float:
+        """size: parameters per token, embeddings left out."""
+        if self.given is None:
+            return self.measured(side, size)
+        return self.given * self.measured(side, size) / self.measured("dense", size)
 
 
 def _learning_rate(report: dict[str, Any], recipe: Recipe, sparse: bool) -> float:
@@ -244,7 +258,7 @@ def _step_flops(recipe: Recipe, shapes: Sequence[Shape]) -> float:
 
 
 def _price(
-    recipe: Recipe, shapes: list[Shape], flops: float, sharding: Sharding, rate: float, slower: float, limit: float
+    recipe: Recipe, shapes: list[Shape], flops: float, sharding: Sharding, speeds: Speeds, limit: float
 ) -> Candidate | None:
     """None where the model has more experts than the study tried, or too few steps are paid for."""
     if sizes(recipe.model).expansion > limit:
@@ -267,7 +281,7 @@ def _price(
         "tokens": float(steps * cost.tokens * sharding.devices), "flops": spent, "params_total": s.params_total,
         "params_per_token": s.params_per_token,
     }  # fmt: skip
-    seconds = spent / rate * (slower if sparse else 1.0)
+    seconds = spent / sharding.devices / speeds.of("sparse" if sparse else "dense", row["params_active"])
     return Candidate(name, recipe, row, steps, memory, seconds)
 
 
@@ -319,9 +333,9 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     console.print()
     console.print(table)
     console.print(f"\nRecommended, as a run:\n  {command(plan)}", highlight=False, soft_wrap=True)
-    speed = short(plan["flops_per_second"])
-    console.print(f"Time at {speed} FLOPs/s ({plan['speed_from']}), sparse models {plan['sparse_slower']:.2f} times "
-                  "slower per FLOP, as measured in the study.", highlight=False)  # fmt: skip
+    speed = short(best["flops"] / best["seconds"] / plan["devices"])
+    console.print(f"Time: {speed} FLOPs/s for the recommended model, by its size and the study's runs "
+                  f"({plan['speed_from']}).", highlight=False)  # fmt: skip
     console.print(f"Law: {plan['law']['formula']}, from {plan['law']['runs']} runs.", highlight=False)
     console.print(warning(best), highlight=False, style="yellow" if best["outside"] else "")
 
