@@ -135,6 +135,8 @@ def test_a_plan_counts_texts_as_long_as_the_study_had_them(report: dict[str, Any
     m = from_mapping(report["recipe"]).model
     seen = 20 * (1 + (m.image_size // m.patch) ** 2)  # of images and pairs
     assert best["tokens"] == best["steps"] * (seen + (512 + 128) / 2)
+    short = make_plan(report, 1e13, 1e9, [*half, "model.max_text=10"], refits=5)["recommended"]
+    assert short["tokens"] == short["steps"] * (seen + 20 * 10)  # of pairs and texts
     with pytest.raises(StudyError, match="does not say how long its texts were"):
         make_plan({k: v for k, v in report.items() if k != "shapes"}, 1e13, 1e9, refits=5)
 

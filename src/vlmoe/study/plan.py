@@ -246,7 +246,9 @@ def _shapes(measured: Sequence[dict[str, Any]], base: Recipe) -> list[Shape]:
         if samples and kind in of_kind:
             had = of_kind[kind]
             sums = {k: round(had[k] * samples / had["samples"]) for k in ("real", "words", "patches")}
-            found.append(Shape(kind, samples, text=round(had["text"]), **sums))
+            text = min(round(had["text"]), base.model.max_text)  # an override may cut what the study had
+            sums["real"] = min(sums["real"], samples * text)
+            found.append(Shape(kind, samples, text, **sums))
         elif samples:
             found.append(Shape.full(base.model, base.data.masking, kind, samples))
     return found
