@@ -13,7 +13,8 @@ from vlmoe.config import from_mapping, load_recipe, to_mapping
 from vlmoe.model import sizes
 from vlmoe.study.declare import StudyError
 from vlmoe.study.law import check, fit
-from vlmoe.study.plan import Speeds, make_plan, parse_size, warning
+from vlmoe.study.plan import make_plan, parse_size, warning
+from vlmoe.study.speed import Speeds
 
 BASE = ["model.width=64", "model.heads=4", "model.depth=4"]
 NOISE = 0.004

@@ -11,13 +11,11 @@ import copy
 import json
 import re
 import shlex
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -28,10 +26,11 @@ from vlmoe.model.flops import Shape
 from vlmoe.model.flops import flops as model_flops
 from vlmoe.model.memory import Sharding
 from vlmoe.model.sizes import short, sizes
-from vlmoe.study.collect import Row, finished, groups
+from vlmoe.study.collect import Row, finished
 from vlmoe.study.declare import StudyError
 from vlmoe.study.grid import expert_lr
 from vlmoe.study.law import AXES, fit
+from vlmoe.study.speed import Speeds
 
 REPORT = "study.json"
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -51,7 +50,7 @@ class Candidate:
     row: Row
     steps: int
     memory: int
-    seconds: float | None
+    seconds: float
     loss: float = 0.0
     low: float = 0.0
     high: float = 0.0
@@ -158,31 +157,6 @@ def make_plan(
     }  # fmt: skip
 
 
-class Speeds:
-    """FLOPs per second of training on a device, by side and size: medians of the study's runs, log-log between their
-    sizes, at the ends those of the nearest. given: what dense models are said to do; sparse ones are then as much
-    slower as in the study."""
-
-    def __init__(self, rows: Sequence[Row], given: float | None) -> None:
-        self.given = given
-        self.points: dict[str, list[tuple[float, float]]] = {}
-        for (side, size), runs in groups(finished(rows), "side", "params_active").items():
-            if rates := [r["flops_per_second"] for r in runs if r["flops_per_second"]]:
-                self.points.setdefault(side, []).append((size, statistics.median(rates)))
-        if "dense" not in self.points:
-            raise StudyError("the study has no finished dense run to take the device's speed from")
-
-    def measured(self, side: str, size: float) -> float:
-        sizes, rates = zip(*sorted(self.points[side]), strict=True)
-        return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(rates))))
-
-    def of(self, side: str, size: float) -> float:
-        """size: parameters per token, embeddings left out."""
-        if self.given is None:
-            return self.measured(side, size)
-        return self.given * self.measured(side, size) / self.measured("dense", size)
-
-
 def _learning_rate(report: dict[str, Any], recipe: Recipe, sparse: bool) -> float:
     """The study's best for that side, carried to this width by the study's rule; without a sweep the recipe's."""
     sweep = (report.get("sweep") or {}).get("sparse" if sparse else "dense")
@@ -265,10 +239,10 @@ def _price(
     """None where the model has more experts than the study tried, or too few steps are paid for."""
     if sizes(recipe.model).expansion > limit:
         return None
-    steps = int(flops / (_step_flops(recipe, shapes) * sharding.devices))
+    cost = account(recipe, shapes, sharding)
+    steps = int(flops / (cost.step.total * sharding.devices))
     if steps < FEWEST:
         return None
-    cost = account(recipe, shapes, sharding)
     memory = account(recipe, sharding=sharding).memory.peak  # some batch has a text of full length
     recipe.train.steps = steps
     m, s = recipe.model, cost.sizes
@@ -305,7 +279,7 @@ def _alternatives(found: list[Candidate]) -> list[Candidate]:
          lambda c: c.loss)  # fmt: skip
     close = [c for c in found if c.loss <= CLOSE * first.loss]
     take("least memory within 1% of the loss", [c for c in close if c.memory < first.memory], lambda c: c.memory)
-    take("fastest within 1% of the loss", [c for c in close if (c.seconds or 0) < FASTER * (first.seconds or 0)],
+    take("fastest within 1% of the loss", [c for c in close if c.seconds < FASTER * first.seconds],
          lambda c: c.seconds)  # fmt: skip
     take("next best of another width", [c for c in found if c.recipe.model.width != first.recipe.model.width],
          lambda c: c.loss)  # fmt: skip
