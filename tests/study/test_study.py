@@ -16,9 +16,10 @@ from vlmoe.data.loader import held_out
 from vlmoe.evaluate.masked import losses
 from vlmoe.study.declare import Budget, StudyError, load_study
 from vlmoe.study.declare import to_mapping as study_mapping
-from vlmoe.study.extend import read_earlier
+from vlmoe.study.extend import check
 from vlmoe.study.grid import count, make_plan
 from vlmoe.study.measure import data_shapes
+from vlmoe.study.plan import read_report
 from vlmoe.study.schedule import Job, Meter, run_jobs
 from vlmoe.study.worker import held_out_scores
 from vlmoe.tasks.export import load_pretrained
@@ -193,10 +194,10 @@ def test_a_packaged_study_goes_on_from_committed_results(name: str, committed: s
     models = {m.name: {"model": to_mapping(m.recipe)["model"]} for m in make_plan(declared).models.values()}
     recipe = to_mapping(load_recipe(declared.recipe, declared.set))
     about = {"declared": study_mapping(declared), "recipe": recipe, "models": models}
-    earlier = read_earlier(about)
-    assert earlier is not None
-    assert earlier["name"] == committed.removeprefix("study-")
-    assert earlier["runs"]
+    check(read_report(RESULTS / committed), about)
+    about["recipe"]["seed"] += 1
+    with pytest.raises(StudyError, match="recipe, key 'seed'"):
+        check(read_report(RESULTS / committed), about)
 
 
 @pytest.mark.parametrize(

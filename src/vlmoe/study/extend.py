@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from vlmoe.config import flat, with_later_keys
 from vlmoe.study.collect import finished
 from vlmoe.study.declare import StudyError
-from vlmoe.study.plan import read_report
 
 FREE = ("name", "about", "run.dir", "train.lr", "train.steps")  # of the recipe; rows say their learning rate and steps
 
 
-def read_earlier(about: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of the study that this one extends; None where it extends none.
+def check(earlier: dict[str, Any], about: dict[str, Any]) -> None:
+    """Whether the report of the study that this one extends can stand in one table with its own.
 
-    about: what of this one's report is known before anything runs, see `vlmoe.study.run`. Raises StudyError where there
-    is no such report, or runs of the two cannot stand in one table: it names the first key that differs.
+    about: what of this one's report is known before anything runs, see `vlmoe.study.run`. Raises StudyError that names
+    the first key that differs.
     """
     where = about["declared"]["extends"]
-    if not where:
-        return None
-    earlier = read_report(Path(where))
     for key in ("equal", "expert_power"):
         _same(f"key '{key}'", earlier["declared"].get(key), about["declared"][key], where)
     _same_keys("recipe", earlier["recipe"], about["recipe"], where)
     for name in earlier["models"].keys() & about["models"].keys():
         _same_keys(f"model {name}", earlier["models"][name]["model"], about["models"][name]["model"], where)
-    return earlier
 
 
 def join(earlier: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:

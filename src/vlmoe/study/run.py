@@ -50,14 +50,14 @@ def study(
         SystemExit: 128 + signal, when it was told to stop; the same command goes on.
     """
     console = console or Console()
-    if declared.extends:
-        read_report(Path(declared.extends))  # where there is none, nothing is begun
+    earlier = read_report(Path(declared.extends)) if declared.extends else None  # where it is missing, nothing is begun
     with lock_run(out):
         plan = make_plan(declared)
         base = load_recipe(declared.recipe, declared.set)
         shapes = data_shapes(base, text_tokenizer(base, out, declared.seeds[0], console))
         count(plan, shapes)
-        earlier = extend.read_earlier(_declared(plan, base))
+        if earlier is not None:
+            extend.check(earlier, _declared(plan, base))
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
         tokenizers, timed = tokenizer_jobs(work, base), measure_jobs(work, base)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
