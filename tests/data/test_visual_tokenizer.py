@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlmoe.config import ModelConfig, UserError, VisualTokenizerConfig
 from vlmoe.data.batch import Batch
-from vlmoe.data.visual_tokenizer import StoredCodes, VQTokenizer, code_use, tokenizer_report, train_vq
+from vlmoe.data.visual_tokenizer import StoredCodes, VQTokenizer
+from vlmoe.data.visual_training import code_use, tokenizer_report, train_vq
 
 MODEL = ModelConfig(image_size=16, patch=8, codes=32)
 

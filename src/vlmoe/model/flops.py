@@ -169,9 +169,9 @@ def _ffn(config: ModelConfig, hidden: int) -> int:
 
 
 def _encode(config: ModelConfig, tokenizer: VisualTokenizerConfig) -> int:
-    """Of one patch through the encoder of a `VQTokenizer`: patches in, one mixer, code vectors, nearest code."""
+    """Of one patch through the encoder of a `VQTokenizer`: patch in, one perceptron, whitened, nearest code."""
     W, Z = tokenizer.width, tokenizer.dim
-    return 2 * (3 * config.patch**2 * W + 9 * W + 2 * W * W + 2 * W * W + W * Z + Z * config.codes)
+    return 2 * (3 * config.patch**2 * W + 2 * W * W + 2 * W * W + W * Z + Z * Z + Z * config.codes)
 
 
 # ------------------------------------------------------------------------------------------------------------- counted

@@ -14,7 +14,8 @@ from torch import Tensor
 from vlmoe.config import Recipe, UserError
 from vlmoe.data.loader import StepData, held_out, make_loader
 from vlmoe.data.text_tokenizer import DESCRIPTION, TextTokenizer, build_text_tokenizer, load_text_tokenizer
-from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenizer, train_vq
+from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenizer
+from vlmoe.data.visual_training import train_vq
 from vlmoe.model import describe
 from vlmoe.tasks.export import Pretrained, export, load_pretrained, load_visual_tokenizer
 from vlmoe.tasks.init import continue_from
@@ -143,7 +144,9 @@ def _train_visual_tokenizer(
     used, explained = 100 * report["used"], 100 * (1 - report["unexplained"])
     console.print(
         f"visual tokenizer: {recipe.model.codes} codes, on held-out images {used:.0f}% in use "
-        f"(perplexity {report['perplexity']:.0f}) and {explained:.0f}% of the pixels' variance explained",
+        f"(perplexity {report['perplexity']:.0f}) and {explained:.0f}% of the pixels' variance explained; the best code's "
+        f"cosine is {report['gap']:.3f} above the second's (median), {100 * report['tied_bf16']:.1f}% of patches are "
+        "within bfloat16's rounding of a tie",
         highlight=False,
     )
     return tokenizer
