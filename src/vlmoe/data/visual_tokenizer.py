@@ -162,14 +162,11 @@ class VQTokenizer(nn.Module):
         return super()._apply(move, recurse)
 
     @_without_autocast
-    def features(self, image_BCHW: Tensor) -> Tensor:
-        """uint8 images -> unit vectors (B, P, Z)."""
+    def features(self, image_BCHW: Tensor, learn: bool = False) -> Tensor:
+        """uint8 images -> unit vectors (B, P, Z). learn: whitened by this batch's moments, and the averages move."""
         patches_BPC = F.pixel_unshuffle(image_BCHW.float() / 127.5 - 1.0, self.patch).flatten(2).transpose(1, 2)
         x_BPZ = self.encoder(patches_BPC)
-        if self.training:
-            mean_Z, whitener_ZZ = self._batch_moments(x_BPZ.flatten(0, 1))
-        else:
-            mean_Z, whitener_ZZ = self.mean_Z, self.whitener_ZZ
+        mean_Z, whitener_ZZ = self._batch_moments(x_BPZ.flatten(0, 1)) if learn else (self.mean_Z, self.whitener_ZZ)
         return F.normalize((x_BPZ - mean_Z) @ whitener_ZZ.T, dim=-1, eps=1e-3)
 
     def _batch_moments(self, x_NZ: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +206,7 @@ class VQTokenizer(nn.Module):
     def loss(self, image_BCHW: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Reconstruction plus commitment, and the codes used (B, P); in training mode the codebook moves along."""
         target = image_BCHW.float() / 127.5 - 1.0
-        z_BPZ = self.features(image_BCHW)
+        z_BPZ = self.features(image_BCHW, learn=self.training)
         codes_BP = self.nearest(z_BPZ)
         q_BPZ = F.embedding(codes_BP, self.codebook_VZ)
         straight = z_BPZ + (q_BPZ - z_BPZ).detach()
@@ -270,7 +267,13 @@ class VQTokenizer(nn.Module):
                 if not (folder / name).is_file():
                     raise UserError(f"visual tokenizer in {folder}: missing file {name}")
             tokenizer = cls(**json.loads((folder / "visual.json").read_text()))
-            tokenizer.load_state_dict(load_file(folder / "visual.safetensors"))
+            state = load_file(folder / "visual.safetensors")
+            if state.keys() != tokenizer.state_dict().keys():
+                raise UserError(
+                    f"visual tokenizer in {folder}: visual.safetensors is of another kind, perhaps written by an "
+                    "earlier version, whose codes are not this version's: train it anew"
+                )
+            tokenizer.load_state_dict(state)
         except UserError:
             raise
         except Exception as error:

@@ -43,9 +43,11 @@ def train_vq(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
     )
     for step in range(config.steps):
-        loss, _ = tokenizer.loss(next(images).to(device), generator)
+        image_BCHW = next(images).to(device)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with torch.autocast(device.type, enabled=False):  # of the caller: a backward pass heeds it as well
+            loss, _ = tokenizer.loss(image_BCHW, generator)
+            loss.backward()
         optimizer.step()
         schedule.step()
         if step % 20 == 19 or step + 1 == config.steps:

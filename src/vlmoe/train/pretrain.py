@@ -144,9 +144,13 @@ def _train_visual_tokenizer(
     used, explained = 100 * report["used"], 100 * (1 - report["unexplained"])
     console.print(
         f"visual tokenizer: {recipe.model.codes} codes, on held-out images {used:.0f}% in use "
-        f"(perplexity {report['perplexity']:.0f}) and {explained:.0f}% of the pixels' variance explained; the best code's "
-        f"cosine is {report['gap']:.3f} above the second's (median), {100 * report['tied_bf16']:.1f}% of patches are "
-        "within bfloat16's rounding of a tie",
+        f"(perplexity {report['perplexity']:.0f}) and {explained:.0f}% of the pixels' variance explained",
+        highlight=False,
+    )
+    console.print(
+        f"visual tokenizer: the best code leads the second by a cosine of {report['gap']:.3f} (median); "
+        f"{100 * report['tied_bf16']:.1f}% of patches are nearer to a tie than bfloat16's rounding, "
+        f"{100 * report['tied_fp32']:.1f}% than float32's, in which they are encoded",
         highlight=False,
     )
     return tokenizer
