@@ -134,9 +134,11 @@ def test_targets_are_the_same_with_and_without_autocast(monkeypatch: pytest.Monk
     assert len(plain) == 3  # the pairs' patches and words, the images' patches
     for before, under in zip(plain, seen, strict=True):
         assert torch.equal(before, under)
+    image_BCHW = batches["pair"].image_BCHW
+    assert image_BCHW is not None
     codes = visual.encode(batches["pair"])
     assert torch.equal(plain[0], codes[batches["pair"].patch_mask_BP])
-    z = visual.features(batches["pair"].image_BCHW).bfloat16()
+    z = visual.features(image_BCHW).bfloat16()
     assert not torch.equal((z @ visual.codebook_VZ.bfloat16().T).argmax(-1), codes)  # rounded, they would be others
 
 
