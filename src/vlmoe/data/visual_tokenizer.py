@@ -9,7 +9,6 @@ Shape suffixes: B batch · H, W pixels · P patches · G patches along a side ·
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -18,11 +17,12 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlmoe.config import ModelConfig, UserError, VisualTokenizerConfig
+from vlmoe.config import ModelConfig, UserError, VisualTokenizerConfig, check_files, read_sealed, write_sealed
 from vlmoe.data.batch import Batch
+from vlmoe.data.tensors import save_tensors
 
 IDLE_AFTER = 20  # steps without use after which a code is moved onto a current patch
 DECAY = 0.98  # of the moving averages of the codebook
@@ -163,20 +163,21 @@ class VQTokenizer(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         shape = {k: getattr(self, k) for k in ("image_size", "patch", "codes", "dim", "width")}
         temporary = folder / "visual.safetensors.tmp"
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
+        save_tensors({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
         os.replace(temporary, folder / "visual.safetensors")
-        temporary = folder / "visual.json.tmp"  # written last: its presence says that the tokenizer is complete
-        temporary.write_text(json.dumps(shape, indent=1))
-        os.replace(temporary, folder / "visual.json")
+        # written last: its presence says that the tokenizer is complete
+        write_sealed(folder / "visual.json", shape, ["visual.safetensors"])
 
     @classmethod
     def load(cls, folder: Path) -> VQTokenizer:
-        """Raises UserError naming the file when it is missing or does not fit."""
+        """Raises UserError naming the file when it is missing, altered or does not fit."""
         try:
             for name in ("visual.json", "visual.safetensors"):
                 if not (folder / name).is_file():
                     raise UserError(f"visual tokenizer in {folder}: missing file {name}")
-            tokenizer = cls(**json.loads((folder / "visual.json").read_text()))
+            shape = read_sealed(folder / "visual.json")
+            check_files(folder / "visual.json", shape, ["visual.safetensors"])
+            tokenizer = cls(**{key: value for key, value in shape.items() if key != "files"})
             tokenizer.load_state_dict(load_file(folder / "visual.safetensors"))
         except UserError:
             raise

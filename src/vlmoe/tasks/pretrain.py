@@ -45,6 +45,10 @@ class MaskedDataModelling(Task):
     def visual_tokenizer(self) -> VisualTokenizer | None:
         return self._visual_tokenizer[0]
 
+    @visual_tokenizer.setter
+    def visual_tokenizer(self, tokenizer: VisualTokenizer | None) -> None:
+        self._visual_tokenizer = (tokenizer,)
+
     def prepare(self, device: torch.device) -> None:
         if isinstance(self.visual_tokenizer, nn.Module):
             self.visual_tokenizer.to(device)
