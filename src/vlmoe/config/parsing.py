@@ -28,13 +28,12 @@ def read_yaml(text: str, origin: str, error: type[UserError]) -> Any:
         raise error(f"{origin}: {len(text)} characters, wanted at most {MOST_CHARACTERS}")
     try:
         _check_events(text, origin, error)
-        found = OmegaConf.create(text)
+        refuse_interpolation(yaml.load(text, Loader=yaml.SafeLoader), origin, error)
+        return OmegaConf.create(text)
     except UserError:
         raise
     except Exception as problem:  # the YAML parser's own errors carry line and column
         raise error(f"{origin}: not valid YAML: {problem}") from None
-    refuse_interpolation(OmegaConf.to_container(found), origin, error)
-    return found
 
 
 def refuse_interpolation(value: Any, origin: str, error: type[UserError], key: str = "") -> None:

@@ -43,6 +43,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
 
 def override(recipe: dict[str, Any], overrides: Sequence[str], origin: str) -> Recipe:
     """A recipe of plain nested dicts with `key=value` overrides. origin: what errors call it."""
+    refuse_interpolation(recipe, origin, RecipeError)
     given = OmegaConf.create(recipe)
     _override(given, list(overrides))
     return from_mapping(OmegaConf.to_container(given), origin=origin)  # type: ignore[arg-type]
@@ -63,6 +64,7 @@ def load_finetune(
         close = difflib.get_close_matches(task, TASKS, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise RecipeError(f"no task '{task}': {hint}tasks are {', '.join(TASKS)}")
+    refuse_interpolation({"init": init}, f"recipe {recipe}", RecipeError)
     given, name = _given(recipe, "finetune")
     by_task = given.pop("tasks", None)
     if by_task is not None:

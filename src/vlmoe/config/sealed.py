@@ -37,8 +37,11 @@ def write_sealed(path: Path, document: dict[str, Any], files: Iterable[str] | No
     os.replace(temporary, path)
 
 
-def read_sealed(path: Path, remedy: str | None = None) -> dict[str, Any]:
-    """The document without its digest, which fits it. remedy: what errors say can be done; None: `vlmoe seal`.
+def read_sealed(path: Path, remedy: str | None = None, older: int | None = None) -> dict[str, Any]:
+    """The document without its digest, which fits it.
+
+    remedy: what errors say can be done; None: `vlmoe seal`. older: the "format" of documents written before they had a
+    digest (None: they had no format); those are taken as they are.
 
     Raises AlteredError: it is no JSON object, has no digest or does not fit it. OSError: it cannot be read.
     """
@@ -50,6 +53,8 @@ def read_sealed(path: Path, remedy: str | None = None) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise AlteredError(f"{path}: JSON is a {type(document).__name__}, expected an object. {remedy}")
     seal = document.pop(SEAL, None)
+    if seal is None and document.get("format") == older and (older is not None or FILES not in document):
+        return document
     if seal is None:
         raise AlteredError(f"{path}: has no {SEAL} of its content. {remedy}")
     if seal != _content_digest(document):

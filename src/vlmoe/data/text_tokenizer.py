@@ -233,7 +233,8 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
         about = read_sealed(path)
         type, special = about["type"], about["special"]
         file = Path(folder) / FILES[type]
-        check_files(path, about, [file.name])
+        if "files" in about:  # text.json of earlier versions listed none
+            check_files(path, about, [file.name])
     except FileNotFoundError:
         raise UserError(f"text tokenizer in {folder}: missing file {DESCRIPTION}") from None
     except AlteredError:

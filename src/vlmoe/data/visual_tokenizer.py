@@ -176,8 +176,10 @@ class VQTokenizer(nn.Module):
                 if not (folder / name).is_file():
                     raise UserError(f"visual tokenizer in {folder}: missing file {name}")
             shape = read_sealed(folder / "visual.json")
-            check_files(folder / "visual.json", shape, ["visual.safetensors"])
-            tokenizer = cls(**{key: value for key, value in shape.items() if key != "files"})
+            if "files" in shape:  # visual.json of earlier versions listed none
+                check_files(folder / "visual.json", shape, ["visual.safetensors"])
+                del shape["files"]
+            tokenizer = cls(**shape)
             tokenizer.load_state_dict(load_file(folder / "visual.safetensors"))
         except UserError:
             raise

@@ -15,7 +15,8 @@ def pick_device(name: str, key: str = "train.device") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = f"'{key}' got {name!r}, wanted auto, cpu, cuda or cuda:N"
+    got = f"{key} got {name!r}" if key.startswith("--") else f"key '{key}' got {name!r}"
+    wanted = f"{got}, wanted auto, cpu, cuda or cuda:N"
     try:
         device = torch.device(name)
     except (RuntimeError, ValueError):
@@ -25,10 +26,10 @@ def pick_device(name: str, key: str = "train.device") -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"'{key}' got {name!r}, and this torch ({torch.__version__}) sees no CUDA device")
+        raise UserError(f"{got}, and this torch ({torch.__version__}) sees no CUDA device")
     count = torch.cuda.device_count()
     if device.index is not None and device.index >= count:
-        raise UserError(f"'{key}' got {name!r}, wanted a number below {count}: so many CUDA devices are here")
+        raise UserError(f"{got}, wanted a number below {count}: so many CUDA devices are here")
     return device
 
 

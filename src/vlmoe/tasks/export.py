@@ -38,7 +38,7 @@ from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.tasks.registry import build_task
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-FORMAT = 2
+FORMAT, UNSEALED = 2, 1
 
 
 class ModelFileError(UserError):
@@ -99,10 +99,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Pretrained | F
     folder = _model_folder(Path(home(str(path))))
     config = folder / CONFIG
     try:
-        about = read_sealed(config)
-        if about["format"] != FORMAT:
+        about = read_sealed(config, older=UNSEALED)
+        if about["format"] not in (FORMAT, UNSEALED):
             raise ModelFileError(f"{config}: format {about['format']!r}, this version reads {FORMAT}")
-        check_files(config, about, [WEIGHTS, DESCRIPTION])
+        if about["format"] == FORMAT:
+            check_files(config, about, [WEIGHTS, DESCRIPTION])
         if "task" in about:
             recipe = from_mapping(about["recipe"], origin=str(config), schema=FinetuneRecipe)
             return _load_finetuned(folder, recipe, tuple(map(str, about["labels"])), torch.device(device))
@@ -142,7 +143,7 @@ def is_finetuned(path: str | Path) -> bool:
     """Whether a run's folder, or a model folder, holds a fine-tuned model. Raises ModelFileError: there is none."""
     config = _model_folder(Path(home(str(path)))) / CONFIG
     try:
-        return "task" in read_sealed(config)
+        return "task" in read_sealed(config, older=UNSEALED)
     except (AlteredError, OSError) as error:
         raise ModelFileError(str(error)) from None
 

@@ -37,7 +37,7 @@ from vlmoe.data.tensors import load_sealed_tensors, save_sealed_tensors, save_te
 from vlmoe.tasks.base import Task
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-FORMAT = 4
+FORMAT, UNSEALED = 4, 3
 # Keys that may differ between a checkpoint and the recipe that goes on from it: none of them enters the numbers.
 FREE_KEYS = re.compile(
     r"(name|about|run\..*|eval\.(samples|batch|pictures)|data\.workers|data\.max_bad_share"
@@ -265,7 +265,7 @@ def check_recipe(path: Path, recipe: Recipe | FinetuneRecipe) -> None:
 def _document(path: Path) -> dict[str, Any]:
     file = path / STATE
     try:
-        document = read_sealed(file, _way_out(path))
+        document = read_sealed(file, _way_out(path), older=UNSEALED)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing. {_way_out(path)}") from None
     except AlteredError as error:
@@ -273,7 +273,7 @@ def _document(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error}). {_way_out(path)}") from None
     found = document.get("format")
-    if found != FORMAT:
+    if found not in (FORMAT, UNSEALED):
         raise CheckpointError(f"{file}: format {found!r}, this version reads {FORMAT}. {_way_out(path)}")
     missing = ({*State.__dataclass_fields__, "files", "tied"}) - document.keys()
     missing |= {MODEL, OPTIMIZER} - dict(document.get("files") or {}).keys()
