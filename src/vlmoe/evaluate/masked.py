@@ -228,7 +228,8 @@ def evaluate_masked(
             if "text" in kinds:
                 scores["text_alone"] = text_alone_scores(model, batches_of(split, "text"))
             report[split] = scores
-        experts = expert_use(model, (batch for kind in kinds for batch in batches_of(splits[0], kind)))
+        looked = tuple(kind for kind in kinds if kind != "text") or kinds  # texts alone only where there is no image
+        experts = expert_use(model, (batch for kind in looked for batch in batches_of(splits[0], kind)))
     finally:
         model.train(was_training)
     return {"splits": report, "experts": experts}

@@ -47,7 +47,7 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
         visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
         if start is not None:
             _check_tokenizers(start, text_tokenizer, visual_tokenizer)
-            task.visual_tokenizer = visual_tokenizer  # the run to start from may have had none
+            task.use(visual_tokenizer)  # the run to start from may have had none
         else:
             torch.manual_seed(recipe.seed)
             task = MaskedDataModelling(recipe.model, visual_tokenizer)
