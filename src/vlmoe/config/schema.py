@@ -220,6 +220,16 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the run sees any text, alone or in pairs."""
+        return bool(self.data.batch.text or self.data.batch.pair)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the run sees any image, alone or in pairs."""
+        return bool(self.data.batch.image or self.data.batch.pair)
+
 
 def sparse_blocks(pattern: str, depth: int) -> frozenset[int]:
     """Block indices that a `sparse` pattern names. Raises ValueError saying what is accepted."""

@@ -18,6 +18,7 @@ def validate(recipe: Recipe | FinetuneRecipe, origin: str = "recipe") -> None:
         if not ok:
             raise RecipeError(f"{origin}: key '{key}' got {value!r}, wanted {wanted}")
 
+    need(0 <= recipe.seed < 1 << 63, "seed", recipe.seed, "a whole number from 0 to below 2**63")
     _model(recipe.model, need)
     _train(recipe.train, need)
     if isinstance(recipe, FinetuneRecipe):

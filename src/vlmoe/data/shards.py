@@ -13,7 +13,6 @@ import glob
 import hashlib
 import os
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,9 +91,10 @@ def index_shard(path: Path) -> ShardIndex:
         index = scan_shard(path)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".tmp", delete=False) as file:
+        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
             np.savez(file, keys=index.keys, places=index.places, damage=np.array(index.damage))
-        os.replace(file.name, cached)
+        os.replace(temporary, cached)
     except OSError:  # a read-only home costs time at the next start, nothing else
         pass
     return index

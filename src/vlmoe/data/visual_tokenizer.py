@@ -13,8 +13,12 @@ V codes.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import functools
 import json
+=======
+import math
+>>>>>>> runs
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +26,16 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from vlmoe.config import UserError
+=======
+from vlmoe.config import ModelConfig, UserError, VisualTokenizerConfig, check_files, read_sealed, write_sealed
+>>>>>>> runs
 from vlmoe.data.batch import Batch
+from vlmoe.data.tensors import save_tensors
 
 IDLE_AFTER = 20  # steps without use after which a code is moved; so often codes are looked at
 APART = 0.05  # codes whose cosine is above 1 - APART are one too many
@@ -253,19 +262,19 @@ class VQTokenizer(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         shape = {k: getattr(self, k) for k in ("image_size", "patch", "codes", "dim", "width")}
         temporary = folder / "visual.safetensors.tmp"
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
+        save_tensors({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
         os.replace(temporary, folder / "visual.safetensors")
-        temporary = folder / "visual.json.tmp"  # written last: its presence says that the tokenizer is complete
-        temporary.write_text(json.dumps(shape, indent=1))
-        os.replace(temporary, folder / "visual.json")
+        # written last: its presence says that the tokenizer is complete
+        write_sealed(folder / "visual.json", shape, ["visual.safetensors"])
 
     @classmethod
     def load(cls, folder: Path) -> VQTokenizer:
-        """Raises UserError naming the file when it is missing or does not fit."""
+        """Raises UserError naming the file when it is missing, altered or does not fit."""
         try:
             for name in ("visual.json", "visual.safetensors"):
                 if not (folder / name).is_file():
                     raise UserError(f"visual tokenizer in {folder}: missing file {name}")
+<<<<<<< HEAD
             tokenizer = cls(**json.loads((folder / "visual.json").read_text()))
             state = load_file(folder / "visual.safetensors")
             if state.keys() != tokenizer.state_dict().keys():
@@ -274,6 +283,14 @@ class VQTokenizer(nn.Module):
                     "earlier version, whose codes are not this version's: train it anew"
                 )
             tokenizer.load_state_dict(state)
+=======
+            shape = read_sealed(folder / "visual.json")
+            if "files" in shape:  # visual.json of earlier versions listed none
+                check_files(folder / "visual.json", shape, ["visual.safetensors"])
+                del shape["files"]
+            tokenizer = cls(**shape)
+            tokenizer.load_state_dict(load_file(folder / "visual.safetensors"))
+>>>>>>> runs
         except UserError:
             raise
         except Exception as error:

@@ -14,6 +14,7 @@ from rich.table import Table
 from vlmoe.config import UserError
 from vlmoe.data.downstream.loader import EvalData, count_of, open_split, splits_of
 from vlmoe.metrics import Score
+from vlmoe.model.device import pick_device
 from vlmoe.tasks.answer import Answered, answer_all
 from vlmoe.tasks.export import Finetuned, load_finetuned
 from vlmoe.tasks.registry import collate_of
@@ -41,9 +42,8 @@ def evaluate_task(
 
     Raises UserError: another task, no such split, unusable files.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = load_finetuned(run, task, device)
+    where = pick_device(device, "--device")
+    trained = load_finetuned(run, task, where)
     recipe = trained.recipe
     known = splits_of(recipe)
     for split in splits or ():
@@ -55,7 +55,7 @@ def evaluate_task(
         for split in splits or known:
             row = bar.add_task(f"{recipe.task} {split}", total=None)
             report["splits"][split] = _evaluate_split(
-                trained, split, torch.device(device), samples, batch or recipe.eval.batch,
+                trained, split, where, samples, batch or recipe.eval.batch,
                 recipe.data.workers if workers is None else workers,
                 lambda done, total, row=row: bar.update(row, completed=done, total=total),
             )  # fmt: skip

@@ -112,6 +112,22 @@ def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[st
     }
 
 
+@torch.no_grad()
+def text_alone_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Accuracy on the hidden text of texts alone, beside the share of the most frequent token (the majority guess), and
+    the loss."""
+    tally, tokens, kept = Tally(), Counter[int](), list(batches)
+    for batch in kept:
+        assert batch.target_BT is not None
+        hidden_BT = batch.target_BT != IGNORE
+        right_BT = (fill_in(model, batch) == batch.target_BT) & hidden_BT
+        for right, asked in zip(right_BT.sum(1).tolist(), hidden_BT.sum(1).tolist(), strict=True):
+            tally.add(right, asked)
+        tokens.update(batch.target_BT[hidden_BT].tolist())
+    majority = max(tokens.values()) / sum(tokens.values())
+    return tally.summary() | {"majority": majority, "loss": losses(model, kept)["mlm"]}
+
+
 def words_right(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, float]:
     """Accuracy on the hidden words of texts alone, by word class; the data must know it."""
     classes: dict[str, Tally] = {}
@@ -209,8 +225,11 @@ def evaluate_masked(
                 scores["loss"] = losses(model, batches_of(split, "pair"))
             if "image" in kinds:
                 scores["image_alone"] = image_scores(model, batches_of(split, "image"))
+            if "text" in kinds:
+                scores["text_alone"] = text_alone_scores(model, batches_of(split, "text"))
             report[split] = scores
-        experts = expert_use(model, (batch for kind in kinds for batch in batches_of(splits[0], kind)))
+        looked = tuple(kind for kind in kinds if kind != "text") or kinds  # texts alone only where there is no image
+        experts = expert_use(model, (batch for kind in looked for batch in batches_of(splits[0], kind)))
     finally:
         model.train(was_training)
     return {"splits": report, "experts": experts}

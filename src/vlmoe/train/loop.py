@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from vlmoe.config import FinetuneRecipe, Recipe, TrainConfig, UserError, to_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import BadBudget, Step, make_loader
+from vlmoe.model.device import pick_device, pick_precision
 from vlmoe.moe import SoftMoELayer
 from vlmoe.tasks.base import StepOutput, Task
 from vlmoe.tasks.pretrain import balance_beyond_passes
@@ -117,26 +118,6 @@ def train(
         keep_freed_memory()
     with lock_run(run_dir):
         return Trainer(recipe, task, dataset, run_dir, device, validation, disturb).run()
-
-
-def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one. Raises UserError when the device asked for is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"key 'train.device' got {name!r}, wanted auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"key 'train.device' got {name!r}, and this torch ({torch.__version__}) sees no CUDA device")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bf16 autocast on a CUDA device that has it; elsewhere fp32, as bf16 is slow on most CPUs."""
-    if name == "bf16" or (name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
-        return torch.bfloat16
-    return torch.float32
 
 
 def seed_of(seed: int, micro_step: int) -> int:
