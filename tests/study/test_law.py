@@ -14,6 +14,7 @@ from vlmoe.model import sizes
 from vlmoe.study.declare import StudyError
 from vlmoe.study.law import check, fit
 from vlmoe.study.plan import make_plan, parse_size, warning
+from vlmoe.study.recount import CHARGE
 from vlmoe.study.speed import Speeds
 
 BASE = ["model.width=64", "model.heads=4", "model.depth=4"]
@@ -59,7 +60,7 @@ def report() -> dict[str, Any]:
     return {
         "runs": RUNS, "recipe": to_mapping(dense), "base": "demo", "machine": {"device_name": "a machine"},
         "models": models, "sweep": {"dense": {"best": 2e-3, "width": 64, "width_power": -0.5}},
-        "declared": {"expert_power": 0.5}, "shapes": SHAPES,
+        "declared": {"expert_power": 0.5}, "shapes": SHAPES, "charge": CHARGE,
     }  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def test_a_plan_counts_texts_as_long_as_the_study_had_them(report: dict[str, Any
     short = make_plan(report, 1e13, 1e9, [*half, "model.max_text=10"], refits=5)["recommended"]
     assert short["tokens"] == short["steps"] * (seen + 20 * 10)  # of pairs and texts
     with pytest.raises(StudyError, match="does not say how long its texts were"):
-        make_plan({k: v for k, v in report.items() if k != "shapes"}, 1e13, 1e9, refits=5)
+        make_plan({k: v for k, v in report.items() if k not in ("shapes", "charge")}, 1e13, 1e9, refits=5)
 
 
 def test_speed_depends_on_side_and_size() -> None:
