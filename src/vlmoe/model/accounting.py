@@ -77,7 +77,7 @@ def account(
     precision = precision or ("bf16" if recipe.train.precision == "bf16" else "fp32")
     found = {shape.kind: flops(recipe.model, shape, tokenizer) for shape in shapes}
     tokens = {shape.kind: shape.tokens(recipe.model) for shape in shapes}
-    charged = (flops(recipe.model, shape.charged(), tokenizer) for shape in shapes)
+    charged = [found[s.kind] if s.charged() == s else flops(recipe.model, s.charged(), tokenizer) for s in shapes]
     return Account(
         sizes=sizes(recipe.model),
         shapes={shape.kind: shape for shape in shapes},

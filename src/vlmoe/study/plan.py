@@ -335,7 +335,7 @@ def undetermined(law: dict[str, Any]) -> str:
     values, ends = law["at_bound"], law["intervals_at_bound"]
     parts = [f"{', '.join(values)} ended there"] if values else []
     parts += [f"the interval of {', '.join(ends)} reaches there"] if ends else []
-    return f"The fit's bounds: {'; '.join(parts)}: the runs do not determine it." if parts else ""
+    return f"The fit's bounds: {'; '.join(parts)}: the runs do not determine them." if parts else ""
 
 
 def duration(seconds: float | None) -> str:

@@ -331,7 +331,8 @@ def _ratios(report: dict[str, Any]) -> str:
     ratios = {name: over_twin(models, name) for name, m in models.items() if m["side"] == "sparse"}
     if not ratios:
         return ""
-    text = f" Sparse over dense, FLOPs per token: {min(ratios.values()):.3f} to {max(ratios.values()):.3f}."
+    ends = sorted({f"{min(ratios.values()):.3f}", f"{max(ratios.values()):.3f}"})
+    text = f" Sparse over dense, FLOPs per token: {' to '.join(ends)}."
     if report["declared"]["equal"] != "per_token":
         return text
     tolerance = report["declared"]["tolerance"]

@@ -15,8 +15,8 @@ BEST = {AT_LEAST: "not reached by dense", AT_MOST: "reached by dense's first run
 
 
 def times(found: dict[str, Any] | None, why: dict[str, str] = TWIN) -> str:
-    """ "2.10 [1.81, 2.52]"; where seeds are censored a bound and in how many, without an interval: "≤ 1.045 (not reached
-    in 1 of 3 seeds)"."""
+    """ "2.10 [1.81, 2.52]"; where seeds are censored a bound and in how many, without an interval: "≤ 1.045 (not
+    reached in 1 of 3 seeds)"."""
     if not found:
         return "-"
     bounds = [seed["bound"] for seed in found["seeds"].values()]
