@@ -78,7 +78,7 @@ def test_a_mix_goes_the_whole_way(runs: dict[tuple[str, ...], Path], mix: tuple[
     found = json.loads(invoke("report", str(run), "--samples", "2", "--json"))
     seen = {site for site, use in found["use"].items() if use["tokens"]}
     assert seen == {
-        f"1/{m}" for m in ("vision", "text") if m == "text" and mix != ("image",) or m == "vision" and images
+        f"1/{m}" for m in ("vision", "text") if (m == "text" and mix != ("image",)) or (m == "vision" and images)
     }
     assert (run / "report.html").exists()
 

@@ -13,12 +13,7 @@ V codes.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import functools
-import json
-=======
-import math
->>>>>>> runs
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from vlmoe.config import UserError
-=======
-from vlmoe.config import ModelConfig, UserError, VisualTokenizerConfig, check_files, read_sealed, write_sealed
->>>>>>> runs
+from vlmoe.config import UserError, check_files, read_sealed, write_sealed
 from vlmoe.data.batch import Batch
 from vlmoe.data.tensors import save_tensors
 
@@ -274,8 +265,11 @@ class VQTokenizer(nn.Module):
             for name in ("visual.json", "visual.safetensors"):
                 if not (folder / name).is_file():
                     raise UserError(f"visual tokenizer in {folder}: missing file {name}")
-<<<<<<< HEAD
-            tokenizer = cls(**json.loads((folder / "visual.json").read_text()))
+            shape = read_sealed(folder / "visual.json")
+            if "files" in shape:  # visual.json of earlier versions listed none
+                check_files(folder / "visual.json", shape, ["visual.safetensors"])
+                del shape["files"]
+            tokenizer = cls(**shape)
             state = load_file(folder / "visual.safetensors")
             if state.keys() != tokenizer.state_dict().keys():
                 raise UserError(
@@ -283,14 +277,6 @@ class VQTokenizer(nn.Module):
                     "earlier version, whose codes are not this version's: train it anew"
                 )
             tokenizer.load_state_dict(state)
-=======
-            shape = read_sealed(folder / "visual.json")
-            if "files" in shape:  # visual.json of earlier versions listed none
-                check_files(folder / "visual.json", shape, ["visual.safetensors"])
-                del shape["files"]
-            tokenizer = cls(**shape)
-            tokenizer.load_state_dict(load_file(folder / "visual.safetensors"))
->>>>>>> runs
         except UserError:
             raise
         except Exception as error:
