@@ -4,7 +4,6 @@ import pytest
 
 from vlmoe.metrics import normalize_answer, soft_scores, vqa_accuracy
 
-
 # Answer, what the annotators said, and the accuracy that the official code gives (rounded).
 OFFICIAL = [
     # all agree: nothing is normalised
