@@ -79,7 +79,7 @@ def view_of(batch: Batch, view: str, other_BCHW: Tensor | None = None) -> Batch:
 
 @torch.no_grad()
 def fill_in(model: MaskedDataModelling, batch: Batch, view: str = "seen", other_BCHW: Tensor | None = None) -> Tensor:
-    """text_BT with every hidden token replaced by the model's first choice; images are shown whole. Raises NotFinite."""
+    """text_BT with every hidden token replaced by the first choice; images are shown whole. Raises NotFinite."""
     assert batch.text_BT is not None and batch.target_BT is not None
     hidden_BT = batch.target_BT != IGNORE
     x_MD = model.run(view_of(batch, view, other_BCHW), hide_patches=False).features("text")[hidden_BT]

@@ -112,8 +112,8 @@ class Caption(Downstream):
         return [self._written(beam) for beam in beams]
 
     def _next(self, batch: Batch, rows: list[tuple[int, float, list[int]]]) -> Tensor:
-        """(R, V) log-probabilities of the token that follows each row's; what is never written has none. All are nan where
-        a logit is no number."""
+        """(R, V) log-probabilities of the token that follows each row's; what is never written has none. A row with a
+        logit of nan or infinity is all nan."""
         tokenizer = self._tokenizer()
         device = self.text_bias.device
         ids_RT = [[tokenizer.start_id, *tokens, tokenizer.mask_id] for _, _, tokens in rows]
@@ -122,10 +122,10 @@ class Caption(Downstream):
             image = batch.image_BCHW[torch.tensor([b for b, _, _ in rows], device=batch.image_BCHW.device)]
         part = Batch(keys=[""] * len(rows), image_BCHW=image, text_BT=torch.tensor(ids_RT, device=device))
         logits_RV = self.text_logits(self.run(part, causal="text").features("text")[:, -1])
-        logits_RV = logits_RV.masked_fill(~logits_RV.isfinite(), math.nan)
+        broken_R1 = ~logits_RV.isfinite().all(dim=-1, keepdim=True)
         never = [tokenizer.start_id, tokenizer.pad_id, tokenizer.mask_id, *range(tokenizer.size, logits_RV.shape[1])]
         logits_RV[:, never + ([] if tokenizer.unk_id is None else [tokenizer.unk_id])] = -math.inf
-        return logits_RV.log_softmax(dim=-1)
+        return logits_RV.log_softmax(dim=-1).masked_fill(broken_R1, math.nan)
 
     def _advance(self, beam: Beam, found: list[tuple[float, list[int], int]], length: int, longest: int) -> None:
         """Keep the best beams that go on, put aside those that end; stop when none alive can still win."""
