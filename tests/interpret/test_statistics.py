@@ -161,7 +161,7 @@ def test_what_a_captions_tokens_share_is_chance_by_sample(choices: str) -> None:
         by_word = by_sample(word_N, value_N, sample_N, choices)
         assert by_word.bits > 4 * by_word.chance_high  # by token it looks certain
         for found in (by_place, by_word):
-            assert found.bits < found.sample_chance_high
+            assert found.bits < max(found.chance_high, found.sample_chance_high)  # what is claimed is above both
         assert abs(by_place.share) < 0.03
         shares.append(by_word.share)
     assert abs(np.mean(shares)) < 0.06
