@@ -89,7 +89,7 @@ def test_eval_refuses_embeddings_that_are_no_numbers(
     folder = runs["retrieval"][0]
     before = (folder / "eval.json").read_bytes()
     monkeypatch.setattr("vlmoe.evaluate.downstream.load_finetuned", damaged)
-    with pytest.raises(UserError, match="^split val: 8 of 8 answers are no numbers"):
+    with pytest.raises(UserError, match=r"^split val: 8 of 8 answers are no numbers"):
         evaluate_task(folder)
     assert (folder / "eval.json").read_bytes() == before
 

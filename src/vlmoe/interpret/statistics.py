@@ -173,9 +173,10 @@ def information(
     if sample_T is not None and permutations:
         by_sample_P = _permuted(routed, words, permutations, rng, sample_T, choices)
     factor_bits = float(_entropy(count_EV.sum(axis=0)))
-    chances = [float(x) for c_P in (chance_P, by_sample_P) for x in (c_P.mean(), np.quantile(c_P, 0.975))]
-    share = (bits - chances[2]) / factor_bits if factor_bits > 0 else 0.0
-    return Information(bits, *chances, factor_bits, share, table.tokens)
+    high, sample_high = (float(np.quantile(c_P, 0.975)) for c_P in (chance_P, by_sample_P))
+    chance, sample_chance = float(chance_P.mean()), float(by_sample_P.mean())
+    share = (bits - sample_chance) / factor_bits if factor_bits > 0 else 0.0
+    return Information(bits, chance, high, sample_chance, sample_high, factor_bits, share, table.tokens)
 
 
 def mutual_bits(count: np.ndarray) -> np.ndarray:
