@@ -28,6 +28,7 @@ from vlmoe.data.tensors import load_sealed_tensors, save_sealed_tensors
 from vlmoe.model.device import pick_device
 from vlmoe.moe import MoELayer, RoutingStats
 from vlmoe.tasks.export import WEIGHTS, Finetuned, load_finetuned
+from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.registry import collate_of
 from vlmoe.tasks.retrieval import Retrieval
 
@@ -51,7 +52,8 @@ def predict(run: Path, task: str, images: Sequence[Path], texts: Sequence[str], 
     """{"task", "answers": best first, each with its "answer" and "probability" (of a search: "similarity"),
     "experts": "block/modality" -> share of the tokens that each expert took}.
 
-    Raises UserError: the run is of another task, too many or few images or texts, an image that cannot be read.
+    Raises UserError: the run is of another task, too many or few images or texts, an image that cannot be read,
+    an answer of nan or infinity.
     """
     where = pick_device(device, "--device")
     trained = load_finetuned(run, task, where)
@@ -74,6 +76,8 @@ def _answer(trained: Finetuned, images: Sequence[Path], texts: Sequence[str], de
     collate = collate_of(trained.recipe, trained.labels, trained.text_tokenizer)
     batches = collate([example], [np.random.default_rng(0)], False)
     answer = trained.model.predict({kind: batch.to(device) for kind, batch in batches.items()})[0]
+    if not answer.finite:
+        raise NotFinite(1, 1, "answers")
     return trained.model.show(answer)
 
 
@@ -107,6 +111,8 @@ def _search(
     with torch.no_grad():
         text_MD = model.embed_texts(batch).cpu()
     similarity = (image_ND @ text_MD.T).flatten()
+    if broken := int((~similarity.isfinite()).sum()):
+        raise NotFinite(broken, len(similarity), "similarities")
     names = [str(p) for p in paths] if len(texts) == 1 else list(texts)
     best = similarity.argsort(descending=True, stable=True)[:TOP].tolist()
     probability = (model.log_scale.detach().exp().cpu() * similarity).softmax(dim=0)

@@ -17,6 +17,7 @@ from vlmoe.tasks.answer import answer_all
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.downstream import Downstream
 from vlmoe.tasks.export import Finetuned, Pretrained, export, load
+from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.init import start_from
 from vlmoe.tasks.registry import READS, build_task, collate_of
 from vlmoe.train import checkpoint
@@ -118,7 +119,10 @@ def with_steps(recipe: FinetuneRecipe, examples: Examples) -> FinetuneRecipe:
 def _judge(data: EvalData, device: torch.device, workers: int) -> Callable[[Task], float]:
     def score(task: Task) -> float:
         assert isinstance(task, Downstream)
-        scores = answer_all(task, data, device, workers).scores(task)
+        try:
+            scores = answer_all(task, data, device, workers).scores(task)
+        except NotFinite as error:
+            raise UserError(f"{data.examples.name}: {error}") from None
         if type(task).main not in scores or scores[type(task).main].n == 0:
             raise UserError(f"{data.examples.name}: no example can be scored, so no weights can be chosen by it")
         return scores[type(task).main].value
