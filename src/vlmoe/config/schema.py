@@ -21,7 +21,7 @@ class RouterConfig:
     type: str = "softmax"  # softmax, sigmoid, cosine, expert_choice, hash, soft (see `vlmoe.moe.routers`)
     k: int = 1
     slots: int = 1  # soft: of each expert, for each sequence; experts * slots = k * tokens costs what top-k does
-    renormalize: bool = False  # divide the k gates by their sum
+    renormalize: bool = False  # divide the k gates by their sum; not with one expert a token, where it would be 1
     noise: float = 1.0  # std of the training noise on the logits, in units of 1/E (V-MoE: 1.0; 0 turns it off)
     capacity_factor: float | None = None  # None: dropless
     capacity_factor_eval: float | None = None
