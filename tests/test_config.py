@@ -65,13 +65,16 @@ def test_a_mistake_is_named(mistake: dict, words: list[str]) -> None:
 @pytest.mark.parametrize("side", ["vision", "text"])
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "cosine"])
 def test_one_expert_a_token_with_renormalised_gates_is_refused(side: str, router: str) -> None:
-    base = {"sparse": "odd", "router": {"type": router, "k": 1, "renormalize": True}}
+    gates = {"type": router, "k": 1, "renormalize": True}
+    base = {"sparse": "odd", "router": gates}
     with pytest.raises(RecipeError, match=rf"key 'model\.{side}\.router\.renormalize' got True, wanted false, because"):
         from_mapping({"model": {side: base}})
-    for change in ({"granularity": 2}, {"sparse": "none"}):
-        from_mapping({"model": {side: base | change}})
-    for change in ({"type": "hash"}, {"type": "expert_choice"}, {"type": "soft"}, {"k": 2}, {"renormalize": False}):
-        from_mapping({"model": {side: base | {"router": base["router"] | change}}})  # type: ignore[operator]
+    from_mapping({"model": {side: base | {"granularity": 2}}})
+    from_mapping({"model": {side: base | {"sparse": "none"}}})
+    for key, value in {"type": "hash", "k": 2, "renormalize": False}.items():
+        from_mapping({"model": {side: base | {"router": gates | {key: value}}}})
+    for other in ("expert_choice", "soft"):
+        from_mapping({"model": {side: base | {"router": gates | {"type": other}}}})
 
 
 def test_overrides_reach_any_depth_and_are_checked() -> None:

@@ -197,7 +197,7 @@ def test_trains_and_backends_agree(router: str, k: int, backend: str) -> None:
 def test_a_router_without_a_gradient_from_the_task_is_refused(router: str, renormalize: bool) -> None:
     options = {"k": 1, "renormalize": renormalize, "balance": 0.0, "z": 0.0, "noise": 0.0}
     if renormalize and router in ("softmax", "sigmoid", "cosine"):  # g / g = 1 has no slope
-        with pytest.raises(ValueError, match="renormalize: .* no gradient from the task; expected k above 1"):
+        with pytest.raises(ValueError, match=r"renormalize: .* no gradient from the task; expected k above 1"):
             make(router, **options)
         return
     moe = make(router, **options)

@@ -213,6 +213,7 @@ class Recipe:
     init: str = (
         ""  # an earlier pre-training to start from; where it is dense and this sparse, its layers fill the experts
     )
+    init_allow_inexact: bool = False  # also where the sparse model then does not compute what the dense one does
     seed: int = 0
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

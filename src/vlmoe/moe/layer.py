@@ -146,8 +146,8 @@ class MoELayer(nn.Module):
         if load > 0 and noise == 0:
             raise ValueError("load: the load loss is defined by the router's noise; expected noise above 0, got 0")
         if renormalize and k == 1 and router in LEARNED:
-            raise ValueError("renormalize: one gate divided by itself is 1 whatever the router says, so the router would "
-                             "get no gradient from the task; expected k above 1, or False")  # fmt: skip
+            raise ValueError("renormalize: one gate divided by itself is 1 whatever the router says, so the router "
+                             "would get no gradient from the task; expected k above 1, or False")  # fmt: skip
         if global_experts is not None and not 1 <= global_experts <= total:
             raise ValueError(f"global_experts: expected 1 to experts ({total}), got {global_experts}")
         options: dict[str, Any] = {"renormalize": renormalize, "noise": noise / total, "bias_rate": bias_rate}
