@@ -21,7 +21,7 @@ class RouterConfig:
     type: str = "softmax"  # softmax, sigmoid, cosine, expert_choice, hash, soft (see `vlmoe.moe.routers`)
     k: int = 1
     slots: int = 1  # soft: of each expert, for each sequence; experts * slots = k * tokens costs what top-k does
-    renormalize: bool = False  # divide the k gates by their sum
+    renormalize: bool = False  # divide the k gates by their sum; not with one expert a token, where it would be 1
     noise: float = 1.0  # std of the training noise on the logits, in units of 1/E (V-MoE: 1.0; 0 turns it off)
     capacity_factor: float | None = None  # None: dropless
     capacity_factor_eval: float | None = None
@@ -213,6 +213,7 @@ class Recipe:
     init: str = (
         ""  # an earlier pre-training to start from; where it is dense and this sparse, its layers fill the experts
     )
+    init_allow_inexact: bool = False  # also where the sparse model then does not compute what the dense one does
     seed: int = 0
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

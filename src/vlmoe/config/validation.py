@@ -61,6 +61,10 @@ def _model(m: ModelConfig, need: Need) -> None:
         need(router.type in types, f"{key}.type", router.type, ", ".join(types))
         need(1 <= router.k <= side.experts + m.common_experts, f"{key}.k", router.k,
              f"1 to model.{name}.experts ({side.experts})")  # fmt: skip
+        alone = router.k * m_ == 1 and router.type in ("softmax", "sigmoid", "cosine") and side.sparse != "none"
+        need(not (alone and router.renormalize), f"{key}.renormalize", router.renormalize,
+             f"false, because a token takes one expert ({key}.k times granularity is 1): one gate divided by itself is "
+             "1 whatever the router says, so the router would get no gradient from the task")  # fmt: skip
         need(router.slots >= 1, f"{key}.slots", router.slots, "a positive number")
         scopes = ("pass", "micro", "step", "global")
         need(router.balance_over in scopes, f"{key}.balance_over", router.balance_over, ", ".join(scopes))

@@ -40,7 +40,7 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 FORMAT, UNSEALED = 4, 3
 # Keys that may differ between a checkpoint and the recipe that goes on from it: none of them enters the numbers.
 FREE_KEYS = re.compile(
-    r"(name|about|run\..*|eval\.(samples|batch|pictures)|data\.workers|data\.max_bad_share"
+    r"(name|about|init_allow_inexact|run\..*|eval\.(samples|batch|pictures)|data\.workers|data\.max_bad_share"
     r"|train\.(log_every|watch_every|checkpoint_every|keep|device))"
 )
 

@@ -20,11 +20,13 @@ from vlmoe.model import describe
 from vlmoe.tasks.export import Pretrained, export, load_pretrained, load_visual_tokenizer
 from vlmoe.tasks.init import continue_from
 from vlmoe.tasks.pretrain import MaskedDataModelling
+from vlmoe.tasks.upcycling import Upcycled, fill_experts
 from vlmoe.train import checkpoint
 from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
-from vlmoe.train.runlog import lock_run
+from vlmoe.train.runlog import lock_run, note_event
 
 TOKENIZERS, MODEL = "tokenizers", "model"
+MEASURED = 8  # samples of each kind on which a filled model is compared with the dense one
 
 
 def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
@@ -42,13 +44,15 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
             checkpoint.check_recipe(found, recipe)
         start = load_pretrained(recipe.init) if recipe.init and found is None else None
         if start is not None:
-            task = _continued(start, recipe, console)  # before anything is written: it may not fit
+            task, upcycled = _continued(start, recipe, console)  # before anything is written: it may not fit
             _take_tokenizers(start, recipe, run_dir / TOKENIZERS)
         text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
         visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
         if start is not None:
             _check_tokenizers(start, text_tokenizer, visual_tokenizer)
             task.use(visual_tokenizer)  # the run to start from may have had none
+            if upcycled is not None:
+                note_event(run_dir, "upcycled", init=recipe.init, **vars(upcycled))
         else:
             torch.manual_seed(recipe.seed)
             task = MaskedDataModelling(recipe.model, visual_tokenizer)
@@ -59,14 +63,21 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     return result
 
 
-def _continued(start: Pretrained, recipe: Recipe, console: Console) -> MaskedDataModelling:
-    """The recipe's model with the weights of the run to start from."""
+def _continued(start: Pretrained, recipe: Recipe, console: Console) -> tuple[MaskedDataModelling, Upcycled | None]:
+    """The recipe's model with the weights of the run to start from, and how near it is to that one where experts were
+    filled: measured on the first samples of the run."""
     torch.manual_seed(recipe.seed)
     task = MaskedDataModelling(recipe.model, start.visual_tokenizer)
-    upcycled = continue_from(task, start.model)
-    filled = f"; experts of {len(upcycled)} layers filled from dense ones" if upcycled else ""
-    console.print(f"weights of {recipe.init}{filled}", highlight=False, markup=False)
-    return task
+    layers = continue_from(task, start.model)
+    console.print(f"weights of {recipe.init}", highlight=False, markup=False)
+    if not layers:
+        return task, None
+    first = StepData(recipe, start.text_tokenizer)[0].batches
+    first = {kind: batch.head(MEASURED) for kind, batch in first.items()}
+    upcycled = fill_experts(task, start.model, layers, first, recipe.init_allow_inexact)
+    filled = f"experts of {len(layers)} layers filled from dense ones; {upcycled}"
+    console.print(filled, highlight=False, markup=False)
+    return task, upcycled
 
 
 def _take_tokenizers(start: Pretrained, recipe: Recipe, folder: Path) -> None:
