@@ -11,6 +11,7 @@ import typer
 
 from vlmoe.config import TASKS, Recipe, UserError, init_of, load_finetune, load_recipe, recipe_names
 from vlmoe.study.declare import load_study, study_names
+from vlmoe.train.output import forgiving_output
 
 app = typer.Typer(
     name="vlmoe",
@@ -344,12 +345,22 @@ def _print_json(value: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: our own errors become one line and exit code 2; anything else is a bug and shows its trace."""
-    try:
-        app()
-    except UserError as error:
-        print(f"vlmoe: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point: our own errors become one line and exit code 2; anything else is a bug and shows its trace.
+
+    An output that is closed early is no error. One that is lost otherwise is, but only when the command has ended.
+    """
+    code: Any = 0
+    with forgiving_output() as lost:
+        try:
+            app()
+        except UserError as error:
+            print(f"vlmoe: error: {error}", file=sys.stderr)
+            code = 2
+        except SystemExit as end:
+            code = end.code
+    if lost:
+        print(f"vlmoe: error: the output could not be written: {lost[0]}", file=sys.stderr)
+    sys.exit(code or (1 if lost else 0))
 
 
 if __name__ == "__main__":

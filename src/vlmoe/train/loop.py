@@ -245,20 +245,15 @@ class Trainer:
         if self.state.bad:
             self.budget.load_state_dict(self.state.bad)
         with StopRequest() as stop:
-            # after the handlers, so that forked workers inherit them: Ctrl-C reaches the whole process group
-            data = self._open_data()
+            data = self._open_data(display)
             self.launched = _Clock(time.perf_counter())
             self.lap = _Clock(time.perf_counter())
             while not self._ended() and stop.number is None:
-                try:
-                    self._step(data, display)
-                    if self.data_moved:
-                        data, self.data_moved = self._open_data(), False
-                        continue
-                    self._validate(display)
-                except RuntimeError:
-                    if stop.number is None:  # else: a signal to the whole process group took the workers along
-                        raise
+                self._step(data, display)  # whole or, by an exception, the end: nothing is saved of a part of one
+                if self.data_moved:
+                    data, self.data_moved = self._open_data(display), False
+                    continue
+                self._validate(display)
                 if self.state.step % config.checkpoint_every == 0 and not self._ended() and self._healthy(display):
                     self._save()
             complete = self._ended()
@@ -267,8 +262,13 @@ class Trainer:
             self._save()
             return None if complete else stop.number
 
-    def _open_data(self) -> Iterator[Step]:
+    def _open_data(self, display: Display) -> Iterator[Step]:
         """From the next micro-batch on, as many as the steps that are left."""
+
+        def lost(micro_step: int, cause: str) -> None:
+            self.log.event("worker replaced", step=self.state.step, micro_step=micro_step, cause=cause)
+            display.warn(f"step {self.state.step + 1}: a data worker was {cause}; it is replaced")
+
         left = (self.config.steps - self.state.step) * self.config.accumulate
         return iter(
             make_loader(
@@ -277,6 +277,7 @@ class Trainer:
                 stop=self.state.micro_step + left,
                 workers=self.recipe.data.workers,
                 device=self.device,
+                lost=lost,
             )
         )
 
