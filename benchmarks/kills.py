@@ -32,7 +32,8 @@ from vlmoe.train.runlog import METRICS, ROUTING, read_lines
 STEPS = 150
 SIGNALS = [signal.SIGTERM] * 7 + [signal.SIGHUP, signal.SIGUSR1, signal.SIGINT]
 TINY = [
-    "seed=3", "model.width=32", "model.depth=2", "model.heads=2", "model.codes=32", "data.batch={pair: 4, image: 2, text: 2}",
+    "seed=3", "model.width=32", "model.depth=2", "model.heads=2", "model.codes=32",
+    "data.batch={pair: 4, image: 2, text: 2}",
     "data.text_tokenizer.samples=200", "data.visual_tokenizer.steps=5", f"train.steps={STEPS}", "train.warmup=5",
     "train.device=cpu", "train.checkpoint_every=25", "train.watch_every=10",
 ]  # fmt: skip

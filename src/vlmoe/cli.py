@@ -50,6 +50,7 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
     if result.stopped_by is not None:  # the signal's number, by the shell's convention
         raise typer.Exit(128 + result.stopped_by)
     print_report(evaluate_run(Path(plan.run.dir)), Path(plan.run.dir))
+    _judge(result)
 
 
 @app.command()
@@ -102,6 +103,7 @@ def finetune(
         raise typer.Exit(128 + result.stopped_by)
     folder = Path(plan.run.dir)
     print_task_report(evaluate_task(folder, progress=True), folder)
+    _judge(result)
 
 
 @app.command("eval")
@@ -338,6 +340,17 @@ def data_show(
 
     show_data(load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples)
     print(out)
+
+
+def _judge(result: Any) -> None:
+    """A run that has made fewer than half of its updates is no success, whatever its scores."""
+    if result.mostly_held_back:
+        print(
+            f"vlmoe: error: {result.held_back} of {result.steps} updates were held back, so the model is hardly "
+            "trained; a lower train.lr or a longer train.warmup in a new run.dir usually helps",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
 
 
 def _print_json(value: Any) -> None:

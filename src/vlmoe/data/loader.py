@@ -24,7 +24,7 @@ from vlmoe.data.sample import KINDS
 from vlmoe.data.skipped import BadBudget
 from vlmoe.data.sources import build_sources
 from vlmoe.data.text_tokenizer import TextTokenizer
-from vlmoe.data.workers import WorkerLost, items_of, ready_worker
+from vlmoe.data.workers import WorkerLostError, items_of, ready_worker
 
 __all__ = ["BadBudget", "Step", "StepData", "held_out", "held_out_size", "make_loader"]
 
@@ -113,7 +113,7 @@ class StepLoader:
                     assert isinstance(item, Step)
                     n += 1
                     yield item
-            except WorkerLost as error:
+            except WorkerLostError as error:
                 losses = [*(m for m in losses if m > n - LOST_WITHIN), n]
                 if len(losses) > LOST_AT_MOST:
                     raise UserError(

@@ -27,7 +27,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-class WorkerLost(Exception):
+class WorkerLostError(Exception):
     """A data worker died; the message says of what."""
 
 
@@ -45,7 +45,7 @@ class _Children:
         try:
             self.handler(number, frame)
         except RuntimeError as error:  # of any loader that is open: to start this one anew costs nothing but time
-            raise WorkerLost(str(error)) from None
+            raise WorkerLostError(str(error)) from None
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
@@ -86,7 +86,7 @@ def items_of(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's items; however it ends, its workers are gone.
 
     Raises:
-        WorkerLost: a worker has died. Items it had not handed over are not lost to a loader that starts there.
+        WorkerLostError: a worker has died. Items it had not handed over are not lost to a loader that starts there.
     """
     if not loader.num_workers:
         yield from loader
@@ -106,11 +106,11 @@ def items_of(loader: DataLoader[Any]) -> Iterator[Any]:
                     item = next(items)
             except StopIteration:
                 return
-            except (RuntimeError, WorkerLost) as error:
+            except (RuntimeError, WorkerLostError) as error:
                 dead = [w for w in workers if not w.is_alive()]
                 if not dead:
                     raise  # the data set's own, or another loader's
-                raise WorkerLost(_cause(dead[0])) from error
+                raise WorkerLostError(_cause(dead[0])) from error
             yield item
     finally:
         end()

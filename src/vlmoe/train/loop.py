@@ -32,7 +32,7 @@ from vlmoe.train.allocator import keep_freed_memory
 from vlmoe.train.guard import Guard
 from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.progress import Display
-from vlmoe.train.runlog import SKIPPED, RunError, RunLog, lock_run, machine
+from vlmoe.train.runlog import EVENTS, SKIPPED, RunError, RunLog, lock_run, machine
 from vlmoe.train.signals import StopRequest
 from vlmoe.train.watch import Watch
 
@@ -51,6 +51,7 @@ class TrainResult:
     steps: updates the model has now, over all launches. seconds, tokens_per_second, wait_share (of the loop's time,
     spent waiting for data): of this launch, 0 when it had nothing to do. final_loss: of the last step. stopped_by: the
     signal that ended the launch early, or None when the run is complete. resumed_from: the step it started at.
+    held_back: updates that the guard did not make, over all launches.
     """
 
     steps: int
@@ -60,6 +61,12 @@ class TrainResult:
     final_loss: float | None
     stopped_by: int | None
     resumed_from: int
+    held_back: int = 0
+
+    @property
+    def mostly_held_back(self) -> bool:
+        """Whether more than half of the updates were not made: such a run has learned little of what it was shown."""
+        return 2 * self.held_back > self.steps
 
     @property
     def stopped(self) -> bool:
@@ -235,6 +242,10 @@ class Trainer:
                 )
             else:
                 self._plot(display)
+            if result.mostly_held_back:
+                display.warn(
+                    f"{result.held_back} of {result.steps} updates were held back, see {self.run_dir / EVENTS}"
+                )
             return result
 
     # --------------------------------------------------------------------------------------------------------- loop
@@ -260,6 +271,9 @@ class Trainer:
             if complete:
                 self.budget.finish()
             self._save()
+            if self.guard is not None and self.guard.memory.held_back_in_all:
+                held_back = self.guard.memory.held_back_in_all
+                self.log.event("held back in all", step=self.state.step, updates=held_back)
             return None if complete else stop.number
 
     def _open_data(self, display: Display) -> Iterator[Step]:
@@ -496,7 +510,10 @@ class Trainer:
 
     def _result(self, stopped_by: int | None) -> TrainResult:
         seconds, speed, wait_share = self.launched.rates() if self.state.step > self.resumed_from else (0.0, 0.0, 0.0)
-        return TrainResult(self.state.step, seconds, speed, wait_share, self._loss(), stopped_by, self.resumed_from)
+        held_back = self.guard.memory.held_back_in_all if self.guard is not None else 0
+        return TrainResult(
+            self.state.step, seconds, speed, wait_share, self._loss(), stopped_by, self.resumed_from, held_back
+        )
 
 
 def routing_every(config: TrainConfig) -> int:
