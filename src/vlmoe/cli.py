@@ -11,6 +11,7 @@ import typer
 
 from vlmoe.config import TASKS, Recipe, UserError, home, init_of, load_finetune, load_recipe, recipe_names
 from vlmoe.study.declare import load_study, study_names
+from vlmoe.train.output import forgiving_output
 
 app = typer.Typer(
     name="vlmoe",
@@ -54,6 +55,7 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
     if result.stopped_by is not None:  # the signal's number, by the shell's convention
         raise typer.Exit(128 + result.stopped_by)
     print_report(evaluate_run(Path(plan.run.dir)), Path(plan.run.dir))
+    _judge(result)
 
 
 @app.command()
@@ -106,6 +108,7 @@ def finetune(
         raise typer.Exit(128 + result.stopped_by)
     folder = Path(plan.run.dir)
     print_task_report(evaluate_task(folder, progress=True), folder)
+    _judge(result)
 
 
 @app.command("eval")
@@ -377,17 +380,38 @@ def data_show(
     print(out)
 
 
+def _judge(result: Any) -> None:
+    """A run that has made fewer than half of its updates is no success, whatever its scores."""
+    if result.mostly_held_back:
+        print(
+            f"vlmoe: error: {result.held_back} of {result.steps} updates were held back, so the model is hardly "
+            "trained; a lower train.lr or a longer train.warmup in a new run.dir usually helps",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
 def main() -> None:
-    """Entry point: our own errors become one line and exit code 2; anything else is a bug and shows its trace."""
-    try:
-        app()
-    except UserError as error:
-        print(f"vlmoe: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point: our own errors become one line and exit code 2; anything else is a bug and shows its trace.
+
+    An output that is closed early is no error. One that is lost otherwise is, but only when the command has ended.
+    """
+    code: Any = 0
+    with forgiving_output() as lost:
+        try:
+            app()
+        except UserError as error:
+            print(f"vlmoe: error: {error}", file=sys.stderr)
+            code = 2
+        except SystemExit as end:
+            code = end.code
+    if lost:
+        print(f"vlmoe: error: the output could not be written: {lost[0]}", file=sys.stderr)
+    sys.exit(code or (1 if lost else 0))
 
 
 if __name__ == "__main__":

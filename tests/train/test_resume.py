@@ -18,7 +18,7 @@ from tests.train import launch
 from tests.train.toy import ToyData, toy_recipe, toy_task
 from vlmoe.train import checkpoint
 from vlmoe.train.loop import train
-from vlmoe.train.runlog import METRICS, ROUTING, SKIPPED, RunError, machine, read_lines
+from vlmoe.train.runlog import EVENTS, METRICS, ROUTING, SKIPPED, RunError, machine, read_lines
 
 STEPS = 6
 
@@ -124,14 +124,48 @@ def test_killed_from_outside_at_no_chosen_moment(tmp_path: Path, uninterrupted: 
     assert trace(tmp_path) == uninterrupted[1]
 
 
-@pytest.mark.parametrize(("moment", "code"), [("sigterm 3", 143), ("group-sigint 3", 130), ("group-sigterm 3", 143)])
+@pytest.mark.parametrize(
+    ("moment", "code"),
+    [
+        ("sigterm 3", 143),
+        ("group-sigint 3", 130),
+        ("group-sigterm 3", 143),
+        ("group-sighup 3", 129),
+        ("group-sigusr1 3", 138),
+        ("updated 3", 143),
+    ],
+)
 def test_a_signal_finishes_the_step_and_saves(
     tmp_path: Path, uninterrupted: dict[int, dict[str, Any]], moment: str, code: int
 ) -> None:
-    assert launch.run(tmp_path, moment, workers=2 if "group" in moment else 0) == code
+    assert launch.run(tmp_path, moment, workers=0 if moment == "sigterm 3" else 2) == code
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [2, 3]
     assert launch.run(tmp_path, keep=2) == 0
     assert trace(tmp_path) == uninterrupted[1]
+
+
+def test_nothing_is_saved_after_an_exception_within_a_step(
+    tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]
+) -> None:
+    assert launch.run(tmp_path, "raise 3", workers=2) == 1
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == [2]
+    assert launch.run(tmp_path) == 0
+    assert trace(tmp_path) == uninterrupted[1]
+
+
+def test_what_was_ignored_stays_ignored(tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]) -> None:
+    """As under nohup."""
+    assert launch.run(tmp_path, "ignored-sighup 3", workers=1) == 0
+    assert trace(tmp_path) == uninterrupted[1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_worker_is_replaced(tmp_path: Path, uninterrupted: dict[int, dict[str, Any]], accumulate: int) -> None:
+    assert launch.run(tmp_path, "worker 1", workers=1, accumulate=accumulate, steps=STEPS) == 0
+    assert trace(tmp_path) == uninterrupted[accumulate]
+    told = [e for e in read_lines(tmp_path / EVENTS) if e["event"] == "worker replaced"]
+    assert len(told) == 1
+    assert "killed by SIGKILL" in told[0]["cause"]
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

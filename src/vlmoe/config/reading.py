@@ -21,7 +21,8 @@ from vlmoe.config.validation import validate
 AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
 GROUPS = vars(schema) | vars(finetune)  # name -> dataclass of every group of keys
 PATHS = ("dir", "init", "path", "file", "annotations", "images")  # names of the keys that hold a path
-BEFORE = {"init": "", "train.patch_lr": 1.0}  # what recipes did that were written before these keys were there
+# what recipes did that were written before these keys were there
+BEFORE = {"init": "", "train.patch_lr": 1.0, "train.schedule": "cosine", "train.decay_steps": 0}
 
 
 def recipe_names(folder: str = "") -> list[str]:

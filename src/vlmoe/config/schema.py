@@ -178,6 +178,8 @@ class TrainConfig:
     patch_lr: float | None = None  # factor on lr for the projection of patches; null: width over inputs, at most 1
     min_lr: float = 1e-5
     warmup: int = 100  # steps
+    schedule: str = "cosine"  # down to min_lr; or constant_decay: constant, then a straight line
+    decay_steps: int = 0  # of constant_decay, the last ones of `steps`
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6

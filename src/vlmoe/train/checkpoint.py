@@ -44,6 +44,8 @@ FREE_KEYS = re.compile(
     r"|train\.(log_every|watch_every|checkpoint_every|keep|device))"
 )
 
+LENGTH = ("train.steps", "train.decay_steps")  # free while the schedule has been the same constant up to here
+
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, read or continued; the message names the file or key."""
@@ -248,18 +250,38 @@ def check_recipe(path: Path, recipe: Recipe | FinetuneRecipe) -> None:
         CheckpointError: lists every key that differs, with both values.
     """
     now = _flat(to_mapping(recipe))
-    then = with_later_keys(_flat(read_state(path).recipe), now)
+    state = read_state(path)
+    then = with_later_keys(_flat(state.recipe), now)
+    free = LENGTH if _constant_so_far(state.step, then) and _constant_so_far(state.step, now) else ()
     differing = [
         f"  {key}: the checkpoint has {then.get(key, 'no such key')!r}, the recipe {now.get(key, 'no such key')!r}"
         for key in sorted(then | now)
-        if then.get(key) != now.get(key) and not FREE_KEYS.fullmatch(key)
+        if then.get(key) != now.get(key) and key not in free and not FREE_KEYS.fullmatch(key)
     ]
     if differing:
+        longer = any(f"  {key}:" in line for line in differing for key in LENGTH)
         raise CheckpointError(
             f"{path} was made with another recipe, going on would mix the two:\n"
             + "\n".join(differing)
             + "\nRestore these keys, or choose another run.dir to start afresh"
+            + (f"\n{_how_to_go_on(path)}" if longer else "")
         )
+
+
+def _constant_so_far(step: int, keys: dict[str, Any]) -> bool:
+    """Whether a recipe of these keys has not begun to lower the learning rate after `step` updates."""
+    if keys.get("train.schedule") != "constant_decay":
+        return False
+    return step <= keys["train.steps"] - keys["train.decay_steps"]
+
+
+def _how_to_go_on(path: Path) -> str:
+    run = path.parent.parent
+    return (
+        "The learning rate up to this checkpoint depends on train.steps. To train its weights further, start a run "
+        f"from them: init={run} seed=ANOTHER run.dir=ANOTHER train.steps=MORE (the run must be finished). A run with "
+        "train.schedule=constant_decay can be made longer as long as its checkpoint lies in the constant phase"
+    )
 
 
 def _document(path: Path) -> dict[str, Any]:
