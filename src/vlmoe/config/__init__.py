@@ -6,6 +6,7 @@ ours.
 """
 
 from vlmoe.config.finetune import TASKS, CaptionConfig, FilesConfig, FinetuneRecipe, TaskDataConfig
+from vlmoe.config.json_reading import json_lines, parse_json, read_json
 from vlmoe.config.reading import (
     flat,
     from_mapping,
@@ -66,10 +67,13 @@ __all__ = [
     "flat",
     "from_mapping",
     "init_of",
+    "json_lines",
     "known_keys",
     "load_finetune",
     "load_recipe",
     "override",
+    "parse_json",
+    "read_json",
     "recipe_names",
     "sparse_blocks",
     "to_mapping",
