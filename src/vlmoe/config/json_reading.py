@@ -23,8 +23,9 @@ MAX_DIGITS = 100
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_json(raw: bytes, where: str) -> Any:
-    """The value of a JSON text. where: what errors call it. A byte order mark is passed over.
+def parse_json(raw: bytes, where: str, nan: bool = False) -> Any:
+    """The value of a JSON text. where: what errors call it. A byte order mark is passed over. nan: take NaN and
+    Infinity, which our own results may hold.
 
     Raises UserError saying what is wrong.
     """
@@ -33,7 +34,7 @@ def parse_json(raw: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not JSON: is not UTF-8 ({error.reason} at byte {error.start})") from None
     try:
-        value = _DECODER.decode(text)
+        value = (_LENIENT if nan else _STRICT).decode(text)
         _check_depth(value)
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -46,7 +47,7 @@ def parse_json(raw: bytes, where: str) -> Any:
     return value
 
 
-def read_json(path: str | Path, kind: type = dict) -> Any:
+def read_json(path: str | Path, kind: type = dict, nan: bool = False) -> Any:
     """The value in a JSON file, of a type. Raises UserError; FileNotFoundError where there is no such file."""
     path = Path(path)
     try:
@@ -57,7 +58,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    value = parse_json(raw, str(path))
+    value = parse_json(raw, str(path), nan)
     if not isinstance(value, kind):
         raise UserError(f"{path}: JSON is a {type(value).__name__}, expected {kind.__name__}")
     return value
@@ -126,6 +127,7 @@ def _constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(
+_STRICT = json.JSONDecoder(
     object_pairs_hook=_no_key_twice, parse_int=_int, parse_float=_float, parse_constant=_constant
 )
+_LENIENT = json.JSONDecoder(object_pairs_hook=_no_key_twice, parse_int=_int)

@@ -16,8 +16,8 @@ from PIL import Image
 
 from vlmoe.data.sample import BadSample
 
-# Formats of pictures; of them those that this Pillow reads count. Its others are documents, drawings that another program
-# renders, or data. Of JPEG files with several pictures (MPO) the first is read.
+# Formats of pictures; of them those that this Pillow reads count. Its others are documents, data, or drawings that
+# another program renders. Of JPEG files with several pictures (MPO) the first is read.
 _PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "HEIF", "JXL")
 Image.init()
 FORMATS = tuple(f for f in _PICTURES if f in Image.OPEN)

@@ -174,8 +174,9 @@ def scan_shard(path: Path) -> ShardIndex:
 class ShardSource(FileSource):
     """Samples of WebDataset shards.
 
-    Image: a member of a format that Pillow reads. Caption: the .txt member, else `text_column` of the .json member (a text or a
-    list of texts). Codes: the codes.npy member. A damaged shard gives its whole samples and one bad one that says so.
+    Image: a member of a format that Pillow reads. Caption: the .txt member, else `text_column` of the .json member (a
+    text or a list of texts). Codes: the codes.npy member. A damaged shard gives its whole samples and one bad one that
+    says so.
     """
 
     def __init__(self, options: FileOptions) -> None:

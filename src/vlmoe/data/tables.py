@@ -70,7 +70,9 @@ def _csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             if "file_name" not in (reader.fieldnames or ()):
-                raise UserError(f"{path}, line 1: no column 'file_name'; there are {', '.join(reader.fieldnames or ())}")
+                raise UserError(
+                    f"{path}, line 1: no column 'file_name'; there are {', '.join(reader.fieldnames or ())}"
+                )
             for entry in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in entry:

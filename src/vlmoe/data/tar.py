@@ -15,7 +15,7 @@ from pathlib import Path
 BLOCK = 512
 MAX_EXTRA = 1 << 20  # bytes of a long name or of pax records
 _CHECKSUM = slice(148, 156)
-_REGULAR, _LONG = b"\x00" b"07", b"LK"
+_REGULAR, _LONG = b"\x0007", b"LK"
 _KINDS = {ord("1"): "hard link", ord("2"): "symbolic link", ord("3"): "device", ord("4"): "device", ord("5"): "folder",
           ord("6"): "pipe", ord("S"): "sparse file"}  # fmt: skip
 

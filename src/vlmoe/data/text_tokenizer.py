@@ -1,6 +1,7 @@
 """Text tokens: one small interface over three kinds of tokenizer.
 
-- `corpus`: WordPiece trained on the run's own texts, lower-cased, split at white space and punctuation.
+- `corpus`: WordPiece trained on the run's own texts, lower-cased, split at white space and punctuation, and around
+  every letter of a script without blanks between words.
 - `hf`: any Hugging Face tokenizer.json. Special tokens are found by their usual names; missing ones are added.
 - `sentencepiece`: a .model or .spm file, with ids laid out as in XLM-RoBERTa, which is how BEiT-3 uses beit3.spm:
   <s>=0, <pad>=1, </s>=2, <unk>=3, then the pieces, shifted by one, then <mask> (64,001 for beit3.spm's 64,000 pieces;
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from vlmoe.config import Recipe, UserError
+from vlmoe.config import Recipe, UserError, read_json
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import BadSample
 from vlmoe.data.sources import build_sources, read_text
@@ -35,6 +37,13 @@ NAMES = {  # of special tokens, most usual first
     "mask": ("[MASK]", "<mask>", "<|mask|>"),
     "unk": ("[UNK]", "<unk>", "<|unk|>"),
 }
+
+# Letters of scripts written without blanks, each with the marks on it: words of their own to the `corpus` tokenizer, as
+# BERT has it for Chinese. In one piece a sentence would be one unknown word.
+_SCRIPTS = ("Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Javanese",
+            "Tai_Tham", "New_Tai_Lue", "Tai_Le", "Yi")  # fmt: skip
+_APART = "[" + "".join(rf"\p{{{name}}}" for name in _SCRIPTS) + r"ー]\p{M}*"
+LONGEST_WORD = 100  # characters: what WordPiece looks at; a longer word is cut into pieces of so many
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
 
@@ -178,14 +187,17 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int) -> HFTokenizer:
     texts = list(texts)
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    apart = pre_tokenizers.Split(tokenizers.Regex(_APART), "isolated")
+    pieces = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), apart, pieces])
     tokenizer.decoder = decoders.WordPiece()
     special = [names[0] for names in NAMES.values()]
     letters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})
     if not letters:
         raise UserError("the corpus tokenizer needs texts, and the sources gave none")
     # The trainer numbers characters inside words in the order of a hash map. Given beforehand they keep one order.
-    fixed = special + ["##" + c for c in letters]
+    inside = [c for c in letters if unicodedata.category(c)[0] == "M" or len(apart.pre_tokenize_str("x" + c)) == 1]
+    fixed = special + ["##" + c for c in inside]
     if len(fixed) + len(letters) > vocabulary:
         raise UserError(
             f"model.vocabulary = {vocabulary} cannot hold the texts' {len(letters)} different characters: "
@@ -224,7 +236,7 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
     """Read back what `save` wrote. Raises UserError naming the file that is missing, broken or does not fit."""
     path = Path(folder) / DESCRIPTION
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
         type, special = about["type"], about["special"]
         file = Path(folder) / FILES[type]
     except FileNotFoundError:

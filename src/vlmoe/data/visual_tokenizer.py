@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlmoe.config import ModelConfig, UserError, VisualTokenizerConfig
+from vlmoe.config import ModelConfig, UserError, VisualTokenizerConfig, read_json
 from vlmoe.data.batch import Batch
 
 IDLE_AFTER = 20  # steps without use after which a code is moved onto a current patch
@@ -176,7 +176,7 @@ class VQTokenizer(nn.Module):
             for name in ("visual.json", "visual.safetensors"):
                 if not (folder / name).is_file():
                     raise UserError(f"visual tokenizer in {folder}: missing file {name}")
-            tokenizer = cls(**json.loads((folder / "visual.json").read_text()))
+            tokenizer = cls(**read_json(folder / "visual.json"))
             tokenizer.load_state_dict(load_file(folder / "visual.safetensors"))
         except UserError:
             raise

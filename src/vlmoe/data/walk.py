@@ -11,8 +11,8 @@ from vlmoe.data.accounts import Ignored, hidden
 
 @dataclass
 class Walk:
-    """files, folders: paths below the folder, with "/", not sorted. ignored: those that are hidden, lead nowhere, or to a folder
-    that is read under another name."""
+    """files, folders: paths below the folder, with "/", not sorted. ignored: those that are hidden, lead nowhere, or to
+    a folder that is read under another name."""
 
     files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)

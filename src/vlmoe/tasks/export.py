@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vlmoe.config import FinetuneRecipe, Recipe, RecipeError, UserError, from_mapping, to_mapping
+from vlmoe.config import FinetuneRecipe, Recipe, UserError, from_mapping, read_json, to_mapping
 from vlmoe.data.text_tokenizer import TextTokenizer, load_text_tokenizer
 from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenizer
 from vlmoe.tasks.base import Task
@@ -85,14 +85,14 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Pretrained | F
     if not config.is_file():
         raise ModelFileError(f"{path}: no {CONFIG} here nor in {Path(path) / 'model'}: is the run finished?")
     try:
-        about = json.loads(config.read_text())
+        about = read_json(config)
         if "task" in about:
             recipe = from_mapping(about["recipe"], origin=str(config), schema=FinetuneRecipe)
             return _load_finetuned(folder, recipe, tuple(map(str, about["labels"])), torch.device(device))
         return _load_pretrained(folder, from_mapping(about["recipe"], origin=str(config)), torch.device(device))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ModelFileError(f"{config}: not a model's config.json ({error!r})") from None
-    except RecipeError as error:
+    except UserError as error:
         raise ModelFileError(str(error)) from None
 
 
@@ -101,8 +101,8 @@ def is_finetuned(path: str | Path) -> bool:
     for config in (Path(path) / CONFIG, Path(path) / "model" / CONFIG):
         if config.is_file():
             try:
-                return "task" in json.loads(config.read_text())
-            except (ValueError, TypeError):
+                return "task" in read_json(config)
+            except UserError:
                 return False
     return False
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmoe.config import FinetuneRecipe, Recipe, UserError, to_mapping, with_later_keys
+from vlmoe.config import FinetuneRecipe, Recipe, UserError, parse_json, read_json, to_mapping, with_later_keys
 from vlmoe.tasks.base import Task
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -142,9 +142,9 @@ def load_weights(folder: Path, task: Task) -> None:
     file = folder / MODEL
     try:
         with safe_open(file, framework="pt") as content:
-            tied = json.loads((content.metadata() or {}).get("tied", "{}"))
+            tied = parse_json((content.metadata() or {}).get("tied", "{}").encode(), str(file))
         weights = load_file(file)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, UserError) as error:
         raise CheckpointError(f"{file}: not readable ({error})") from None
     weights |= {name: weights[holder] for name, holder in tied.items()}
     _check_tensors(file, weights, dict(task.state_dict()))
@@ -257,10 +257,10 @@ def check_recipe(path: Path, recipe: Recipe | FinetuneRecipe) -> None:
 def _document(path: Path) -> dict[str, Any]:
     file = path / STATE
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file, object)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing. {_way_out(path)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error}). {_way_out(path)}") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__

@@ -58,4 +58,3 @@ class ClassFolders(FileExamples):
 
     def paths(self, index: int) -> list[Path]:
         return [self._paths[index]]
-
