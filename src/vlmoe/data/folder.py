@@ -57,11 +57,12 @@ class ImageFolder(FileSource):
         walk = walk_files(self.folder)
         tables = Tables(self.folder, walk.files, options.text_column) if self.kind == "pair" else None
         listed = tables.captions if tables is not None else {}
+        there = len(walk.files) + walk.ignored.total
         names, other = _sort_out(walk, listed, tables)
         self.names = Packed.of(map(os.fsencode, [*listed, *sorted(names)]))
         self.listed = len(listed)
         self.captions = Packed.of(json.dumps(caption).encode() for caption in listed.values())
-        self._account = Account(len(walk.files) + walk.ignored.total, other)
+        self._account = Account(there, other)
         if not len(self.names):
             raise UserError(f"folder {options.path}: no images ({', '.join(SUFFIXES)}) below it")
         hashes = (hash64("entry", name) for name in map(os.fsdecode, self.names))

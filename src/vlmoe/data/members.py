@@ -26,7 +26,7 @@ _SUFFIXES = {s.encode(): "image" for s in SUFFIXES} | {b"txt": "txt", b"json": "
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """key: up to the first dot of the file name, with its folders. middle: between it and the suffix. part: of PARTS."""
+    """key: up to the first dot of the file name, with folders. middle: between it and the suffix. part: of PARTS."""
 
     key: bytes
     middle: bytes
