@@ -347,15 +347,22 @@ def data_check(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Shards (brace or glob pattern), a folder or parquet.")],
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
     type_: Annotated[str, typer.Option("--type", help="shards, folder or parquet; auto tells by the path.")] = "auto",
+    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column, as in a recipe.")] = "image",
+    text_column: Annotated[
+        str, typer.Option(help="Of parquet, tables and .json members: where captions are, as in a recipe.")
+    ] = "text",
     as_json: Json = False,
 ) -> None:
     """Validate anyone's data: counts, broken images, caption lengths, first errors with file and key.
 
-    Exits with 1 when something is wrong with it.
+    Accounts for every file and member: part of a sample, or ignored with a reason. Exits with 1 when a sample cannot be
+    used, a key occurs twice or there is no sample; files that are ignored are no errors.
     """
     from vlmoe.data.check import check_data, print_check
 
-    report = check_data(home(path), kind=kind, type=type_, progress=not as_json)
+    report = check_data(
+        home(path), kind=kind, type=type_, image_column=image_column, text_column=text_column, progress=not as_json
+    )
     if as_json:
         _print_json(report)
     else:

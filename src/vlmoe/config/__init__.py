@@ -6,6 +6,7 @@ ours.
 """
 
 from vlmoe.config.finetune import TASKS, CaptionConfig, FilesConfig, FinetuneRecipe, TaskDataConfig
+from vlmoe.config.json_reading import json_lines, parse_json, read_json
 from vlmoe.config.parsing import home, read_yaml
 from vlmoe.config.reading import (
     flat,
@@ -73,11 +74,14 @@ __all__ = [
     "from_mapping",
     "home",
     "init_of",
+    "json_lines",
     "known_keys",
     "load_finetune",
     "load_recipe",
     "override",
     "override_value",
+    "parse_json",
+    "read_json",
     "read_sealed",
     "read_yaml",
     "recipe_names",

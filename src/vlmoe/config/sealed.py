@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vlmoe.config.json_reading import read_json
 from vlmoe.config.schema import UserError
 
 SEAL, FILES = "sha256", "files"
@@ -47,11 +48,9 @@ def read_sealed(path: Path, remedy: str | None = None, older: int | None = None)
     """
     remedy = remedy or _remedy(path)
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AlteredError(f"{path}: not readable as JSON ({error}). {remedy}") from None
-    if not isinstance(document, dict):
-        raise AlteredError(f"{path}: JSON is a {type(document).__name__}, expected an object. {remedy}")
+        document = read_json(path, nan=True)
+    except UserError as error:
+        raise AlteredError(f"{error}. {remedy}") from None
     seal = document.pop(SEAL, None)
     if seal is None and document.get("format") == older and (older is not None or FILES not in document):
         return document

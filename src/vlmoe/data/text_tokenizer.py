@@ -1,6 +1,7 @@
 """Text tokens: one small interface over three kinds of tokenizer.
 
-- `corpus`: WordPiece trained on the run's own texts, lower-cased, split at white space and punctuation.
+- `corpus`: WordPiece trained on the run's own texts, lower-cased, split at white space and punctuation, and around
+  every letter of a script without blanks between words.
 - `hf`: any Hugging Face tokenizer.json. Special tokens are found by their usual names; missing ones are added.
 - `sentencepiece`: a .model or .spm file, with ids laid out as in XLM-RoBERTa, which is how BEiT-3 uses beit3.spm:
   <s>=0, <pad>=1, </s>=2, <unk>=3, then the pieces, shifted by one, then <mask> (64,001 for beit3.spm's 64,000 pieces;
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +36,13 @@ NAMES = {  # of special tokens, most usual first
     "mask": ("[MASK]", "<mask>", "<|mask|>"),
     "unk": ("[UNK]", "<unk>", "<|unk|>"),
 }
+
+# Letters of scripts written without blanks, each with the marks on it: words of their own to the `corpus` tokenizer, as
+# BERT has it for Chinese. In one piece a sentence would be one unknown word.
+_SCRIPTS = ("Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Javanese",
+            "Tai_Tham", "New_Tai_Lue", "Tai_Le", "Yi")  # fmt: skip
+_APART = "[" + "".join(rf"\p{{{name}}}" for name in _SCRIPTS) + r"ー]\p{M}*"
+LONGEST_WORD = 100  # characters: what WordPiece looks at; a longer word is cut into pieces of so many
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
 
@@ -179,13 +188,20 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int) -> HFTokenizer:
     texts' characters.
     """
     texts = list(texts)
-    tokenizer = _word_pieces(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    apart = pre_tokenizers.Split(tokenizers.Regex(_APART), "isolated")
+    pieces = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), apart, pieces])
+    tokenizer.decoder = decoders.WordPiece()
     special = [names[0] for names in NAMES.values()]
     letters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})
     if not letters:
         raise UserError("the corpus tokenizer needs texts, and the sources gave none")
     # The trainer numbers characters inside words in the order of a hash map. Given beforehand they keep one order.
-    fixed = special + ["##" + c for c in letters]
+    apart = _letters_apart()
+    inside = [c for c in letters if unicodedata.category(c)[0] == "M" or len(apart.pre_tokenize_str("x" + c)) == 1]
+    fixed = special + ["##" + c for c in inside]
     if len(fixed) + len(letters) > vocabulary:
         raise UserError(
             f"model.vocabulary = {vocabulary} cannot hold the texts' {len(letters)} different characters: "
@@ -203,9 +219,14 @@ def _word_pieces(model: models.WordPiece) -> tokenizers.Tokenizer:
     """The `corpus` tokenizer's rules around a vocabulary."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), _letters_apart(), pieces])
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
+
+
+def _letters_apart() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(tokenizers.Regex(_APART), "isolated")
 
 
 def read_tokenizer(type: str, path: str | Path) -> TextTokenizer:

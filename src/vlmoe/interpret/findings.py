@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmoe.config import ModalityConfig, UserError
+from vlmoe.config import ModalityConfig, UserError, read_json
 from vlmoe.data.downstream.loader import EvalData, count_of, open_split, splits_of
 from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.sources import held_out_splits
@@ -134,7 +133,7 @@ def _router(side: ModalityConfig) -> str:
 def _scores(path: Path) -> dict[str, Any]:
     """The main scores of the last evaluation, where there was one."""
     try:
-        splits = json.loads(path.read_text())["splits"]
+        splits = read_json(path, nan=True)["splits"]
         name, first = next(iter(splits.items()))
         if "scores" in first:
             return {f"{name}: {key}": round(score["value"], 4) for key, score in first["scores"].items()}
@@ -144,7 +143,7 @@ def _scores(path: Path) -> dict[str, Any]:
         if "image" in first:
             found[f"{name}: codes of hidden patches"] = round(first["image"]["accuracy"], 4)
         return found
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except (OSError, UserError, ValueError, KeyError, TypeError, StopIteration):
         return {}
 
 

@@ -6,7 +6,6 @@ Shape suffixes: T recorded tokens · N tokens of a site · K chosen experts, -1 
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.optimize import linear_sum_assignment
 
-from vlmoe.config import UserError
+from vlmoe.config import UserError, read_json
 
 DESCRIPTION, TOKENS, ROUTING = "recording.json", "tokens.parquet", "routing.parquet"
 FORMAT = 1
@@ -88,14 +87,14 @@ class Recording:
         folder = Path(folder)
         path = folder / DESCRIPTION
         try:
-            said = json.loads(path.read_text())
+            said = read_json(path, nan=True)
             if said["format"] != FORMAT:
                 raise NoRecording(f"{path}: format {said['format']}, expected {FORMAT}")
             sites = {s["name"]: SiteInfo(**s) for s in said["sites"]}
             found = cls(folder, sites, said["tokens"], said["samples"], said["rate"], said["about"])
         except FileNotFoundError:
             raise NoRecording(f"{folder}: no {DESCRIPTION}: not a recording, or an interrupted one") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
             if isinstance(error, NoRecording):
                 raise
             raise NoRecording(f"{path}: not a recording's description ({error!r})") from None

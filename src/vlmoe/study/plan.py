@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmoe.config import Recipe, RecipeError, flat, load_recipe, override, to_mapping
+from vlmoe.config import Recipe, RecipeError, UserError, flat, load_recipe, override, read_json, to_mapping
 from vlmoe.config.validation import validate
 from vlmoe.model.accounting import KINDS, account, gib
 from vlmoe.model.flops import Shape
@@ -84,10 +84,10 @@ def read_report(path: Path) -> dict[str, Any]:
     """A study's folder or its JSON. Raises StudyError."""
     file = path / REPORT if path.is_dir() else path
     try:
-        found = json.loads(file.read_text())
+        found = read_json(file, nan=True)
     except FileNotFoundError:
         raise StudyError(f"{file}: no such file; `vlmoe study STUDY` makes a study's {REPORT}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise StudyError(f"{file}: cannot be read as a study's {REPORT}: {error}") from None
     if not isinstance(found, dict) or not {"runs", "recipe", "machine"} <= set(found):
         raise StudyError(f"{file}: is no study's {REPORT}: expected the keys runs, recipe and machine")

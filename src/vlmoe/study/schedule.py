@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from vlmoe.config import flat, with_later_keys
+from vlmoe.config import flat, read_json, with_later_keys
 from vlmoe.data.workers import STOP_SIGNALS, signals_held
 from vlmoe.study import worker
 from vlmoe.study.declare import Budget, StudyError
@@ -68,7 +68,7 @@ class Job:
         return records[-1]["step"] / self.steps if records else 0.0
 
     def read(self) -> dict[str, Any]:
-        return json.loads((self.folder / (RESULT if self.done else FAILED)).read_text())
+        return read_json(self.folder / (RESULT if self.done else FAILED), nan=True)
 
     def check(self) -> None:
         """Raises StudyError where the folder holds a run of another declaration."""
@@ -78,7 +78,7 @@ class Job:
         if not file.is_file() or not (self.done or (self.folder / METRICS).exists()):
             return
         now = flat(self.spec)
-        then = with_later_keys(flat(json.loads(file.read_text())), now, "recipe.")
+        then = with_later_keys(flat(read_json(file, nan=True)), now, "recipe.")
         other = [k for k in sorted(then | now) if then.get(k) != now.get(k) and not k.endswith(FREE)]
         if other:
             key = other[0]
@@ -97,7 +97,7 @@ class Meter:
 
     def __init__(self, out: Path, budget: Budget) -> None:
         self.file, self.budget = out / USED, budget
-        self.before = json.loads(self.file.read_text())["seconds"] if self.file.is_file() else 0.0
+        self.before = read_json(self.file)["seconds"] if self.file.is_file() else 0.0
         self.began = self.saved = time.monotonic()
         self.flops = 0.0
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vlmoe.config import Recipe, UserError, from_mapping, load_finetune
+from vlmoe.config import Recipe, UserError, from_mapping, load_finetune, read_json
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.workers import STOP_SIGNALS
@@ -124,7 +124,7 @@ def main(folder: Path) -> None:
     os.environ["COLUMNS"] = "160"
     torch.set_num_threads(1)
     try:
-        result, stopped_by = do(json.loads((folder / JOB).read_text()), folder)
+        result, stopped_by = do(read_json(folder / JOB, nan=True), folder)
     except Exception as error:  # a failed run is a result of the study, whatever it died of
         traceback.print_exc()
         text = str(error).splitlines()[0] if str(error) else ""

@@ -6,7 +6,6 @@ config.json lists size and SHA-256 of every other file of the folder and has a d
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from vlmoe.config import (
     check_files,
     from_mapping,
     home,
+    read_json,
     read_sealed,
     to_mapping,
     write_sealed,
@@ -124,7 +124,7 @@ def seal(path: str | Path) -> list[Path]:
             if not file.is_file():
                 continue
             try:
-                about = json.loads(file.read_bytes())
+                about = read_json(file, nan=True)
                 if name == CONFIG:
                     about["format"] = FORMAT
                     files = [p.name for p in folder.iterdir() if p.name != CONFIG and p.is_file()]

@@ -28,6 +28,7 @@ from vlmoe.config import (
     UserError,
     check_files,
     describe,
+    parse_json,
     read_sealed,
     to_mapping,
     with_later_keys,
@@ -155,7 +156,7 @@ def load_weights(folder: Path, task: Task) -> None:
     file = folder / MODEL
     try:
         weights, metadata = load_sealed_tensors(file)
-        tied = json.loads(metadata["tied"])
+        tied = parse_json(metadata["tied"].encode(), str(file))
     except AlteredError as error:
         raise CheckpointError(str(error)) from None
     except (OSError, SafetensorError, ValueError, KeyError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmoe.config import FilesConfig, UserError
 from vlmoe.data.downstream.example import Example
-from vlmoe.data.downstream.files import FileExamples, images_folder, need, read_list
+from vlmoe.data.downstream.files import FileExamples, images_folder, need, path_list, read_list
 from vlmoe.metrics import normalize_answer
 
 MIN_COUNT = 9  # an answer given less often in training is not learned (the usual 3,129 of VQAv2 are those with more)
@@ -33,7 +33,7 @@ class VQAv2(FileExamples):
         document, questions = read_list(files.file, "questions")
         annotations = _annotations(files.annotations) if files.annotations else {}
         subtype = str(document.get("data_subtype", ""))
-        self._images: list[Path] = []
+        self._images = path_list()
         majors: list[str] = []
         seen: dict[str, str] = {}
         for number, question in enumerate(questions):
