@@ -102,7 +102,7 @@ def test_yaml_that_is_large_or_strange(text: str, message: str, tmp_path: Path) 
     file.write_text(text)
     for read in (load_recipe, load_study):
         with pytest.raises(UserError, match=message) as error:
-            read(str(file))  # type: ignore[operator]
+            read(str(file))
         assert str(file) in str(error.value)
 
 

@@ -68,8 +68,7 @@ def test_no_flipped_bit_changes_a_number(name: str, run: Path, tmp_path: Path) -
         try:
             assert same(vlmoe.load(tmp_path), before)
         except UserError as error:
-            assert str(tmp_path / "model") in str(error)
-            refused += 1
+            refused += str(tmp_path / "model") in str(error)
         file.write_bytes(content)
     assert refused == FLIPS if name != "config.json" else refused > FLIPS / 2  # the rest fell on white space
     assert same(vlmoe.load(tmp_path), before)
@@ -92,7 +91,7 @@ def test_truncated_missing_or_swapped_files(name: str, run: Path, tmp_path: Path
         vlmoe.load(tmp_path)
     if other.read_bytes() != content:
         file.write_bytes(other.read_bytes())
-        with pytest.raises(UserError, match="altered|has .* bytes"):
+        with pytest.raises(UserError, match=r"altered|has .* bytes"):
             vlmoe.load(tmp_path)
 
 
@@ -157,8 +156,7 @@ def test_no_flipped_bit_changes_a_checkpoint(name: str, tmp_path: Path) -> None:
             assert found == state
             assert all(torch.equal(v, task.state_dict()[k]) for k, v in other.state_dict().items())
         except checkpoint.CheckpointError as error:
-            assert str(folder) in str(error)
-            refused += 1
+            refused += str(folder) in str(error)
         (folder / name).write_bytes(content)
     assert refused > FLIPS / 2 if name == "state.json" else refused == FLIPS
 

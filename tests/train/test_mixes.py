@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +150,35 @@ def test_the_world_as_source_of_texts_alone(tmp_path: Path) -> None:
 def test_a_batch_of_nothing_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.batch.*at least one kind above 0"):
         pretrain(tmp_path / "run", data, ())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_all_files_of_a_run_have_the_mode_that_the_umask_gives(umask: int, data: Path, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        pretrain(tmp_path / "run", data, ("image", "pair"))
+        invoke("report", str(tmp_path / "run"), "--samples", "2")
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} >= {".safetensors", ".json", ".jsonl", ".html", ".png", ".yaml"}
+    assert {str(p): oct(stat.S_IMODE(p.stat().st_mode)) for p in files} == {str(p): oct(0o666 & ~umask) for p in files}
+
+
+def test_the_home_folder_on_the_command_line(
+    runs: dict[tuple[str, ...], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").symlink_to(runs["pair",])
+    (tmp_path / "recipe.yaml").write_text("data: {workers: 0}")
+    monkeypatch.chdir(tmp_path)
+    assert "splits" in invoke("eval", "~/run", "--json", "--samples", "2")
+    assert invoke("report", "~/run", "--out=~/page.html", "--samples", "2").strip() == str(tmp_path / "page.html")
+    assert vlmoe.load("~/run").path == tmp_path / "run" / "model"
+    invoke("data", "make", "~/recipe.yaml", "~/shards", "--samples", "2", "--kind", "text")
+    checked = json.loads(invoke("data", "check", "~/shards", "--kind", "text", "--json"))
+    assert checked["path"] == str(tmp_path / "shards")
+    invoke("data", "show", "~/recipe.yaml", "--out=~/x.png", "--samples", "2", "--kind", "text", *SMALL[:1])
+    assert str(tmp_path) in invoke("seal", "~/run")
+    finetune(Path("~/run"), "nli", Path("~/tuned"))
+    assert (tmp_path / "tuned" / "model").is_dir() and not (tmp_path / "~").exists()

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.train import launch
 from tests.train.toy import ToyData, toy_recipe, toy_task
+from vlmoe.config import read_sealed, write_sealed
 from vlmoe.train import checkpoint
 from vlmoe.train.loop import train
 from vlmoe.train.runlog import EVENTS, METRICS, ROUTING, SKIPPED, RunError, machine, read_lines
@@ -95,9 +96,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_plots: None) -> None:
     assert launch.run(tmp_path, "forward 4") == -signal.SIGKILL
     path = tmp_path / "checkpoints" / "step-2" / "state.json"
-    state = json.loads(path.read_text())
+    state = read_sealed(path)
     state["machine"] = machine(torch.device("cpu")) | {"threads": 64}
-    path.write_text(json.dumps(state))
+    write_sealed(path, state)
     train(toy_recipe(tmp_path), toy_task(), ToyData(), tmp_path)
     said = capsys.readouterr().out
     assert f"not the machine of the checkpoint (threads 64 -> {torch.get_num_threads()})" in said
