@@ -50,9 +50,12 @@ def test_a_run_whose_rate_has_fallen_may_not(tmp_path: Path) -> None:
 
 
 def test_a_run_that_made_few_of_its_updates_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def spoil(module: Any, args: Any, output: Any) -> None:
+        output.loss.data.fill_(float("nan"))
+
     def disturb(trainer: Any, n: int) -> None:
-        if n >= 2:
-            trainer.task.register_forward_hook(lambda module, args, output: output.loss.data.fill_(float("nan")))
+        if n == 2:
+            trainer.task.register_forward_hook(spoil)
 
     result = train(toy_recipe(tmp_path), toy_task(), ToyData(), tmp_path, disturb=disturb)
     assert (result.held_back, result.steps, result.mostly_held_back) == (4, 6, True)
