@@ -25,7 +25,7 @@ from vlmoe.data.downstream.collate import Prepare
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.metrics import Score, bleu4, cider_d
-from vlmoe.tasks.base import StepOutput
+from vlmoe.tasks.base import StepOutput, Summed
 from vlmoe.tasks.downstream import Downstream
 
 
@@ -82,7 +82,13 @@ class Caption(Downstream):
         hidden_BT = batch.target_BT != IGNORE
         logits_MV, target_M = self.text_logits(output.features("text")[hidden_BT]), batch.target_BT[hidden_BT]
         accuracy = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
-        return self.output(F.cross_entropy(logits_MV, target_M), [output], accuracy=accuracy)
+        loss = Summed(F.cross_entropy(logits_MV, target_M, reduction="sum"), len(target_M))
+        return self.output(loss, [output], accuracy=accuracy)
+
+    def predictions(self, batches: dict[str, Batch]) -> dict[str, int]:
+        target_BT = batches["pair"].target_BT
+        assert target_BT is not None
+        return {self.task: int((target_BT != IGNORE).sum())} | super().predictions(batches)
 
     # ------------------------------------------------------------------------------------------------------- writing
     @torch.no_grad()
