@@ -130,7 +130,8 @@ def test_json_that_is_refused(raw: bytes, reason: str) -> None:
 def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     assert parse_json(b'\xef\xbb\xbf"\\ud83d\\ude00"', "x") == "\U0001f600"
     (tmp_path / "a").write_text(json.dumps({"a": "x\u2028y\x85z"}, ensure_ascii=False) + "\n\n{}\n", encoding="utf-8")
-    assert list(json_lines(tmp_path / "a")) == [(f"{tmp_path / 'a'}, line 1", {"a": "x\u2028y\x85z"}), (f"{tmp_path / 'a'}, line 3", {})]  # fmt: skip
+    found = list(json_lines(tmp_path / "a"))
+    assert found == [(f"{tmp_path}/a, line 1", {"a": "x\u2028y\x85z"}), (f"{tmp_path}/a, line 3", {})]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _answers(annotation: dict[str, Any], where: str) -> list[str]:
     return [a["answer"] for a in answers]
 
 
-def _frequent(entries: list[Example], answers: int) -> tuple[str, ...]:
+def _frequent(entries: Iterable[Example], answers: int) -> tuple[str, ...]:
     most_common = (Counter(map(normalize_answer, e.references)).most_common(1)[0][0] for e in entries)
     counts = Counter(answer for answer in most_common if answer)
     often = {a: n for a, n in counts.items() if n >= MIN_COUNT} or counts
