@@ -169,9 +169,8 @@ def scan_shard(path: Path) -> ShardIndex:
             keys.add(key)
             last = key
             for part in PARTS:
-                member = parts.get(part)
-                offsets.add(0 if member is None else member.offset)
-                sizes.add(-1 if member is None else min(member.size, MAX_PART_BYTES + 1))
+                offsets.add(parts[part].offset if part in parts else 0)
+                sizes.add(min(parts[part].size, MAX_PART_BYTES + 1) if part in parts else -1)
     damage = scan.damage
     if damage:
         good = f"the last good key is {short(last)}" if last is not None else "nothing in it can be read"
