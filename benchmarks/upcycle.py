@@ -37,6 +37,7 @@ def job_of(study: Path, out: Path, dense: str, sparse: str, steps: int, seed: in
     spec = copy.deepcopy(json.loads((own / "job.json").read_text()))
     name = f"{gates}-{steps}-seed{seed}"
     spec["recipe"] |= {"init": str(start), "seed": seed + OTHER_SAMPLES, "run": {"dir": str(out / name)}}
+    spec["recipe"]["init_allow_inexact"] = True  # gates of one expert a token are not those of the dense layer
     for side in ("vision", "text"):
         spec["recipe"]["model"][side]["router"]["type"] = gates
     return Job(name, out / name, spec, steps=steps)

@@ -62,6 +62,21 @@ def test_a_mistake_is_named(mistake: dict, words: list[str]) -> None:
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("side", ["vision", "text"])
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "cosine"])
+def test_one_expert_a_token_with_renormalised_gates_is_refused(side: str, router: str) -> None:
+    gates = {"type": router, "k": 1, "renormalize": True}
+    base = {"sparse": "odd", "router": gates}
+    with pytest.raises(RecipeError, match=rf"key 'model\.{side}\.router\.renormalize' got True, wanted false, because"):
+        from_mapping({"model": {side: base}})
+    from_mapping({"model": {side: base | {"granularity": 2}}})
+    from_mapping({"model": {side: base | {"sparse": "none"}}})
+    for key, value in {"type": "hash", "k": 2, "renormalize": False}.items():
+        from_mapping({"model": {side: base | {"router": gates | {key: value}}}})
+    for other in ("expert_choice", "soft"):
+        from_mapping({"model": {side: base | {"router": gates | {"type": other}}}})
+
+
 def test_overrides_reach_any_depth_and_are_checked() -> None:
     recipe = load_recipe("demo", ["train.steps=7", "model.vision.router.capacity_factor=1.25", "run.dir=out/x"])
     assert (recipe.train.steps, recipe.model.vision.router.capacity_factor, recipe.run.dir) == (7, 1.25, "out/x")

@@ -192,6 +192,22 @@ def test_trains_and_backends_agree(router: str, k: int, backend: str) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("router", [*ROUTERS, "soft"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_a_router_without_a_gradient_from_the_task_is_refused(router: str, renormalize: bool) -> None:
+    options = {"k": 1, "renormalize": renormalize, "balance": 0.0, "z": 0.0, "noise": 0.0}
+    if renormalize and router in ("softmax", "sigmoid", "cosine"):  # g / g = 1 has no slope
+        with pytest.raises(ValueError, match=r"renormalize: .* no gradient from the task; expected k above 1"):
+            make(router, **options)
+        return
+    moe = make(router, **options)
+    moe(tokens())[0].square().mean().backward()
+    if router == "hash":  # learns nothing, by design
+        assert moe.router.weight.grad is None
+    else:
+        assert moe.router.weight.grad is not None and moe.router.weight.grad.norm() > 1e-6
+
+
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "cosine", "hash"])
 def test_token_choice_does_not_depend_on_company(router: str) -> None:
     moe, x = make(router, k=2, noise=0.0), tokens()

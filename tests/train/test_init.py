@@ -11,6 +11,8 @@ import vlmoe
 from tests.golden.record import OVERRIDES
 from tests.test_cli import invoke
 from vlmoe.config import UserError
+from vlmoe.tasks.export import seal
+from vlmoe.train.runlog import read_lines
 
 SHORT = ["train.steps=2", "eval.samples=16", "eval.pictures=2"]
 DENSE = ["model.vision.sparse=none", "model.text.sparse=none"]
@@ -29,12 +31,30 @@ def test_a_sparse_run_starts_from_a_dense_one_with_its_tokenizers(dense: Path, t
     said = " ".join(invoke(*words).split())
     assert "layers filled from dense ones" in said
     assert "visual tokenizer: " not in said  # none is trained
+    (event,) = (e for e in read_lines(folder / "events.jsonl") if e["event"] == "upcycled")
+    assert event["init"] == str(dense) and event["output"] < 1e-6  # two shared halves hold the whole layer
+    assert len(event["layers"]) == 4 and max(event["layers"].values()) < 1e-6
     for name in ("tokenizer.json", "visual.safetensors"):
         assert (folder / "tokenizers" / name).read_bytes() == (dense / "tokenizers" / name).read_bytes()
     got, wanted = (load_file(f / "model" / "model.safetensors") for f in (folder, dense))
     name = "backbone.text.tokens.weight"
     torch.testing.assert_close(got[name], wanted[name], rtol=0, atol=1e-6)
     assert vlmoe.load(folder).recipe.init == str(dense)
+
+
+ONE = [f"model.{side}.{change}" for side in ("vision", "text")
+       for change in ("granularity=1", "shared_experts=0", "router.k=1", "router.renormalize=false")]  # fmt: skip
+
+
+def test_experts_that_are_not_the_dense_layer_are_refused_unless_allowed(dense: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sparse"
+    words = ["pretrain", "demo", f"run.dir={folder}", f"init={dense}", *OVERRIDES, *ONE, *SHORT]
+    with pytest.raises(UserError, match=r"layer: the sparse layer's output would differ .* init_allow_inexact=true"):
+        invoke(*words)
+    assert not (folder / "tokenizers").exists()
+    said = " ".join(invoke(*words, "init_allow_inexact=true").split())
+    (event,) = (e for e in read_lines(folder / "events.jsonl") if e["event"] == "upcycled")
+    assert 1e-4 < event["output"] < 1 and f"output {event['output']:.2g} from the dense model's" in said
 
 
 def test_a_run_that_goes_on_needs_the_earlier_one_no_more(dense: Path, tmp_path: Path) -> None:
@@ -53,6 +73,7 @@ def test_other_tokenizers_are_refused(dense: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["codebook_VZ"] = tensors["codebook_VZ"] + 1
     save_file(tensors, file)
+    seal(folder)
     with pytest.raises(UserError, match="visual tokenizer there is not this run's"):
         invoke("pretrain", "demo", f"run.dir={folder}", f"init={dense}", *OVERRIDES, *SHORT)
 

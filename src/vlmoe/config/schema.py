@@ -21,7 +21,7 @@ class RouterConfig:
     type: str = "softmax"  # softmax, sigmoid, cosine, expert_choice, hash, soft (see `vlmoe.moe.routers`)
     k: int = 1
     slots: int = 1  # soft: of each expert, for each sequence; experts * slots = k * tokens costs what top-k does
-    renormalize: bool = False  # divide the k gates by their sum
+    renormalize: bool = False  # divide the k gates by their sum; not with one expert a token, where it would be 1
     noise: float = 1.0  # std of the training noise on the logits, in units of 1/E (V-MoE: 1.0; 0 turns it off)
     capacity_factor: float | None = None  # None: dropless
     capacity_factor_eval: float | None = None
@@ -178,6 +178,8 @@ class TrainConfig:
     patch_lr: float | None = None  # factor on lr for the projection of patches; null: width over inputs, at most 1
     min_lr: float = 1e-5
     warmup: int = 100  # steps
+    schedule: str = "cosine"  # down to min_lr; or constant_decay: constant, then a straight line
+    decay_steps: int = 0  # of constant_decay, the last ones of `steps`
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
@@ -213,12 +215,23 @@ class Recipe:
     init: str = (
         ""  # an earlier pre-training to start from; where it is dense and this sparse, its layers fill the experts
     )
+    init_allow_inexact: bool = False  # also where the sparse model then does not compute what the dense one does
     seed: int = 0
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the run sees any text, alone or in pairs."""
+        return bool(self.data.batch.text or self.data.batch.pair)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the run sees any image, alone or in pairs."""
+        return bool(self.data.batch.image or self.data.batch.pair)
 
 
 def sparse_blocks(pattern: str, depth: int) -> frozenset[int]:

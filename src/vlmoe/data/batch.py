@@ -44,6 +44,11 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._each(Tensor.pin_memory)
 
+    def head(self, n: int) -> Batch:
+        """A copy of the first n samples, without the factors."""
+        first = replace(self, keys=self.keys[:n], patch_factors=[], token_factors=[])
+        return first._each(lambda tensor: tensor[:n].clone())
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}

@@ -11,7 +11,6 @@ import glob
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -38,7 +37,7 @@ from vlmoe.data.sample import BadSample
 from vlmoe.data.tar import DamagedTar, Member, read_members
 from vlmoe.data.walk import walk_files
 
-FORMAT = "2"  # of a cached index
+FORMAT = "3"  # of a cached index
 MAX_PART_BYTES = 1 << 28  # no image, text or array of a sample is larger
 _CACHED_FROM = 1 << 24  # bytes; smaller shards are scanned in no time
 
@@ -115,11 +114,12 @@ def index_shard(path: Path) -> ShardIndex:
     text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".tmp", delete=False) as file:
+        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
             np.savez(
                 file, keys=index.keys.buffer, ends=index.keys.ends, offsets=index.offsets, sizes=index.sizes, about=text
             )
-        os.replace(file.name, cached)
+        os.replace(temporary, cached)
     except OSError:  # a read-only home costs time at the next start, nothing else
         pass
     return index

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlmoe.config import ModalityConfig, UserError, read_json
 from vlmoe.data.downstream.loader import EvalData, count_of, open_split, splits_of
 from vlmoe.data.loader import held_out, held_out_size
@@ -20,6 +18,7 @@ from vlmoe.interpret.gather import Progress, find, write
 from vlmoe.interpret.own import OwnSubject
 from vlmoe.interpret.recording import Recording, diff
 from vlmoe.model import sizes
+from vlmoe.model.device import pick_device
 from vlmoe.tasks.downstream import Classifier
 from vlmoe.tasks.export import Finetuned, Pretrained, load
 from vlmoe.tasks.registry import collate_of
@@ -43,9 +42,7 @@ def find_run(
 
     Raises UserError: no such run or split, or a model without routers that choose.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = load(run, device)
+    trained = load(run, pick_device(device, "--device"))
     subject = OwnSubject(trained)
     if not subject.sites:
         raise UserError(f"{run}: {' '.join(subject.notes) or 'a dense model: no layer has a router'}")

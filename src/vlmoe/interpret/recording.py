@@ -125,6 +125,12 @@ class Recording:
     def position_T(self) -> np.ndarray:
         return self._read(TOKENS, ["position"]).column("position").to_numpy()
 
+    @functools.cached_property
+    def sample_T(self) -> np.ndarray:
+        """A number for each token's sample: those with one key that were put in as pair, image and text are three."""
+        sample, kind = self.column("sample"), self.column("kind")
+        return sample.code_T.astype(np.int64) * len(kind.values) + kind.code_T
+
     def at(self, site: str) -> Routed:
         """The decisions of one site. Raises NoRecording for one that was not recorded."""
         if site not in self.sites:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlmoe.moe import balance
 from vlmoe.moe.dispatch import PRIORITIES, Plan, combine, dispatch, plan_dispatch
 from vlmoe.moe.experts import Experts, FeedForward, activate
-from vlmoe.moe.routers import ROUTERS, ExpertChoiceRouter, HashRouter, Router
+from vlmoe.moe.routers import LEARNED, ROUTERS, ExpertChoiceRouter, HashRouter, Router
 from vlmoe.moe.routing import Routing
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -75,7 +75,8 @@ class MoELayer(nn.Module):
     shared: so many experts more that serve every token, with gate 1 (DeepSeekMoE). common: so many experts more that
     the router may choose, which are another module's: `forward` gets them. router: a type of `vlmoe.moe.routers`.
     bias_rate: step of the selection bias (`Router.balance`), 0 for none.
-    renormalize: divide the k gates by their sum. noise: std of the noise on the logits in training, in units of
+    renormalize: divide the k gates by their sum, which with k = 1 would leave the router without a gradient from the
+    task and is refused. noise: std of the noise on the logits in training, in units of
     1/experts. capacity_factor: an expert takes at most ceil(factor * k * tokens / experts) choices in training
     (capacity_factor_eval: in evaluation); None takes all. priority: who keeps a place, "batch" the largest gates,
     "arrival" the first tokens. balance, importance, load, z, local_entropy, global_entropy: weights of the losses in
@@ -144,6 +145,9 @@ class MoELayer(nn.Module):
                 raise ValueError(f"{name}: expected a number not below 0, got {value}")
         if load > 0 and noise == 0:
             raise ValueError("load: the load loss is defined by the router's noise; expected noise above 0, got 0")
+        if renormalize and k == 1 and router in LEARNED:
+            raise ValueError("renormalize: one gate divided by itself is 1 whatever the router says, so the router "
+                             "would get no gradient from the task; expected k above 1, or False")  # fmt: skip
         if global_experts is not None and not 1 <= global_experts <= total:
             raise ValueError(f"global_experts: expected 1 to experts ({total}), got {global_experts}")
         options: dict[str, Any] = {"renormalize": renormalize, "noise": noise / total, "bias_rate": bias_rate}

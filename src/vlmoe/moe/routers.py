@@ -148,3 +148,4 @@ ROUTERS: dict[str, type[Router]] = {
     "expert_choice": ExpertChoiceRouter,
     "hash": HashRouter,
 }
+LEARNED = ("softmax", "sigmoid", "cosine")  # the task's gradient reaches them through the gates of the chosen experts

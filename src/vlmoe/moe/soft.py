@@ -46,6 +46,7 @@ class SoftMoELayer(MoELayer):
     """
 
     def __init__(self, width: int, hidden: int, experts: int, k: int = 1, *, slots: int = 1, **options: object) -> None:
+        options["renormalize"] = False  # there are no k gates
         super().__init__(width, hidden, experts, k, **options)  # type: ignore[arg-type]
         if slots < 1:
             raise ValueError(f"slots: expected at least 1, got {slots}")

@@ -14,11 +14,13 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from vlmoe.config import flat, read_json, with_later_keys
+from vlmoe.data.workers import STOP_SIGNALS, signals_held
 from vlmoe.study import worker
 from vlmoe.study.declare import Budget, StudyError
 from vlmoe.study.worker import FAILED, JOB, LOG, RESULT
@@ -172,6 +174,8 @@ def _start(job: Job) -> _Running:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlmoe.study.worker"])
     process = context.Process(target=worker.main, args=(job.folder,), name=job.id)
+    with signals_held():  # for good in the server: a signal to the group must not end what watches the jobs
+        forkserver.ensure_running()
     process.start()
     return _Running(job, process)
 
@@ -181,7 +185,7 @@ def _record(one: _Running, stopping: bool) -> None:
     job, code = one.job, one.process.exitcode or 0
     if job.done or (job.folder / FAILED).is_file():
         return
-    if stopping or code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM):
+    if stopping or code in {end for s in STOP_SIGNALS for end in (128 + s, -s)}:
         return
     if code < 0:
         why = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +25,7 @@ from rich.console import Console
 from vlmoe.config import Recipe, UserError, from_mapping, load_finetune, read_json
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import held_out, held_out_size
+from vlmoe.data.workers import STOP_SIGNALS
 from vlmoe.evaluate.downstream import evaluate_task
 from vlmoe.evaluate.masked import losses, text_scores, words_right
 from vlmoe.study.measure import measure_step
@@ -115,6 +117,7 @@ def main(folder: Path) -> None:
     """Do the folder's job; output goes to its log. Ends the process."""
     began = time.perf_counter()
     os.setsid()  # Ctrl-C reaches the study alone, which tells its jobs
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held in the server it was forked from
     with (folder / LOG).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

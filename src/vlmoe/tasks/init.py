@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmoe.config import UserError
-from vlmoe.moe import FeedForward, MoELayer, upcycle
+from vlmoe.moe import FeedForward, MoELayer
+from vlmoe.moe.upcycle import check_upcycle
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.caption import Caption
 from vlmoe.tasks.downstream import Downstream
@@ -64,26 +65,26 @@ def start_from(task: Downstream, pretrained: Task, fresh: Sequence[str] = ()) ->
 
 
 @torch.no_grad()
-def continue_from(task: MaskedDataModelling, earlier: MaskedDataModelling) -> list[str]:
-    """Copy an earlier pre-training's weights into a fresh model; where that is dense and this one sparse, experts are
-    filled by `vlmoe.moe.upcycle`. Returns the names of the layers filled so.
+def continue_from(task: MaskedDataModelling, earlier: MaskedDataModelling) -> dict[str, tuple[MoELayer, FeedForward]]:
+    """Copy an earlier pre-training's weights into a fresh model. Returns by name the layers that are sparse here and
+    dense there: `vlmoe.tasks.upcycling` fills them.
 
     Raises:
         UserError: a tensor that only one of the two has, or that has another shape; it is named. Or a dense layer that
             cannot fill the experts.
     """
-    upcycled, there = [], dict(earlier.named_modules())
+    layers, there = {}, dict(earlier.named_modules())
     for name, layer in task.named_modules():
         dense = there.get(name)
         if isinstance(layer, MoELayer) and isinstance(dense, FeedForward):
             try:
-                upcycle(layer, dense)
+                check_upcycle(layer, dense)
             except ValueError as error:
                 raise UserError(f"cannot start from the pre-trained weights: {name}: {error}") from None
-            upcycled.append(name)
-    filled = tuple(f"{name}." for name in upcycled)
+            layers[name] = layer, dense
+    left_out = tuple(f"{name}." for name in layers)
     ours, theirs = (
-        {name: tensor for name, tensor in t.state_dict().items() if not name.startswith(filled)}
+        {name: tensor for name, tensor in t.state_dict().items() if not name.startswith(left_out)}
         for t in (task, earlier)
     )
     for name in ours | theirs:
@@ -91,7 +92,7 @@ def continue_from(task: MaskedDataModelling, earlier: MaskedDataModelling) -> li
         if now != then:
             raise UserError(f"cannot start from the pre-trained weights: {name}: {then} there, {now} here")
         ours[name].copy_(theirs[name])
-    return upcycled
+    return layers
 
 
 def _parts(names: Iterable[str]) -> str:

@@ -14,16 +14,19 @@ from torch import Tensor
 from vlmoe.config import Recipe, UserError
 from vlmoe.data.loader import StepData, held_out, make_loader
 from vlmoe.data.text_tokenizer import DESCRIPTION, TextTokenizer, build_text_tokenizer, load_text_tokenizer
-from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenizer, train_vq
+from vlmoe.data.visual_tokenizer import VisualTokenizer, VQTokenizer
+from vlmoe.data.visual_training import train_vq
 from vlmoe.model import describe
 from vlmoe.tasks.export import Pretrained, export, load_pretrained, load_visual_tokenizer
 from vlmoe.tasks.init import continue_from
 from vlmoe.tasks.pretrain import MaskedDataModelling
+from vlmoe.tasks.upcycling import Upcycled, fill_experts
 from vlmoe.train import checkpoint
 from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
-from vlmoe.train.runlog import lock_run
+from vlmoe.train.runlog import lock_run, note_event
 
 TOKENIZERS, MODEL = "tokenizers", "model"
+MEASURED = 8  # samples of each kind on which a filled model is compared with the dense one
 
 
 def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
@@ -41,12 +44,15 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
             checkpoint.check_recipe(found, recipe)
         start = load_pretrained(recipe.init) if recipe.init and found is None else None
         if start is not None:
-            task = _continued(start, recipe, console)  # before anything is written: it may not fit
+            task, upcycled = _continued(start, recipe, console)  # before anything is written: it may not fit
             _take_tokenizers(start, recipe, run_dir / TOKENIZERS)
         text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
         visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
         if start is not None:
             _check_tokenizers(start, text_tokenizer, visual_tokenizer)
+            task.use(visual_tokenizer)  # the run to start from may have had none
+            if upcycled is not None:
+                note_event(run_dir, "upcycled", init=recipe.init, **vars(upcycled))
         else:
             torch.manual_seed(recipe.seed)
             task = MaskedDataModelling(recipe.model, visual_tokenizer)
@@ -57,34 +63,45 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     return result
 
 
-def _continued(start: Pretrained, recipe: Recipe, console: Console) -> MaskedDataModelling:
-    """The recipe's model with the weights of the run to start from."""
+def _continued(start: Pretrained, recipe: Recipe, console: Console) -> tuple[MaskedDataModelling, Upcycled | None]:
+    """The recipe's model with the weights of the run to start from, and how near it is to that one where experts were
+    filled: measured on the first samples of the run."""
     torch.manual_seed(recipe.seed)
     task = MaskedDataModelling(recipe.model, start.visual_tokenizer)
-    upcycled = continue_from(task, start.model)
-    filled = f"; experts of {len(upcycled)} layers filled from dense ones" if upcycled else ""
-    console.print(f"weights of {recipe.init}{filled}", highlight=False, markup=False)
-    return task
+    layers = continue_from(task, start.model)
+    console.print(f"weights of {recipe.init}", highlight=False, markup=False)
+    if not layers:
+        return task, None
+    first = StepData(recipe, start.text_tokenizer)[0].batches
+    first = {kind: batch.head(MEASURED) for kind, batch in first.items()}
+    upcycled = fill_experts(task, start.model, layers, first, recipe.init_allow_inexact)
+    filled = f"experts of {len(layers)} layers filled from dense ones; {upcycled}"
+    console.print(filled, highlight=False, markup=False)
+    return task, upcycled
 
 
 def _take_tokenizers(start: Pretrained, recipe: Recipe, folder: Path) -> None:
     """Those of the run to start from, unless the run has some or its recipe names others."""
     visual = start.visual_tokenizer
     if (
-        isinstance(visual, VQTokenizer)
+        recipe.reads_images
+        and isinstance(visual, VQTokenizer)
         and not recipe.data.visual_tokenizer.path
         and not (folder / "visual.json").exists()
     ):
         visual.save(folder)
-    if not recipe.data.text_tokenizer.path and not (folder / DESCRIPTION).exists():
+    if start.recipe.reads_texts and not recipe.data.text_tokenizer.path and not (folder / DESCRIPTION).exists():
         start.text_tokenizer.save(folder)
 
 
-def _check_tokenizers(start: Pretrained, text: TextTokenizer, visual: VisualTokenizer) -> None:
-    """Raises UserError where words or codes have other numbers than those the weights have learned."""
+def _check_tokenizers(start: Pretrained, text: TextTokenizer, visual: VisualTokenizer | None) -> None:
+    """Raises UserError where words or codes have other numbers than those the weights have learned. A run that saw no
+    texts has learned none, and one that saw no images no codes."""
     words = [[t.decode([i]) for i in range(t.size)] for t in (start.text_tokenizer, text)]
-    if words[0] != words[1]:
+    if start.recipe.reads_texts and words[0] != words[1]:
         raise UserError(f"init={start.path}: the text tokenizer there is not this run's, so words would be mistaken")
+    if start.visual_tokenizer is None or visual is None:
+        return
     then, now = (v.state_dict() if isinstance(v, VQTokenizer) else {} for v in (start.visual_tokenizer, visual))
     if then.keys() != now.keys() or not all(torch.equal(now[name].cpu(), then[name].cpu()) for name in now):
         raise UserError(f"init={start.path}: the visual tokenizer there is not this run's, so codes would be mistaken")
@@ -102,16 +119,15 @@ def prepare_text_tokenizer(recipe: Recipe, folder: Path, console: Console) -> Te
 
 def prepare_visual_tokenizer(
     recipe: Recipe, text_tokenizer: TextTokenizer, folder: Path, device: torch.device, console: Console
-) -> VisualTokenizer:
-    """The run's visual tokenizer: trained on the run's own images or read once, then kept with the run."""
+) -> VisualTokenizer | None:
+    """The run's visual tokenizer: trained on the run's own images or read once, then kept with the run. None where it
+    sees no images."""
     config = recipe.data.visual_tokenizer
-    kind = next((k for k in ("image", "pair") if getattr(recipe.data.batch, k)), None)
-    if config.type == "codes" or kind is None:
-        return StoredCodes(recipe.model.codes)
-    if not (folder / "visual.json").is_file():
+    if recipe.reads_images and config.type == "vq" and not (folder / "visual.json").is_file():
         if config.path:
             tokenizer = VQTokenizer.load(Path(config.path))
         else:
+            kind = "image" if recipe.data.batch.image else "pair"
             tokenizer = _train_visual_tokenizer(recipe, text_tokenizer, kind, device, console)
         tokenizer.save(folder)
     return load_visual_tokenizer(folder, recipe)
@@ -144,6 +160,12 @@ def _train_visual_tokenizer(
     console.print(
         f"visual tokenizer: {recipe.model.codes} codes, on held-out images {used:.0f}% in use "
         f"(perplexity {report['perplexity']:.0f}) and {explained:.0f}% of the pixels' variance explained",
+        highlight=False,
+    )
+    console.print(
+        f"visual tokenizer: the best code leads the second by a cosine of {report['gap']:.3f} (median); "
+        f"{100 * report['tied_bf16']:.1f}% of patches are nearer to a tie than bfloat16's rounding, "
+        f"{100 * report['tied_fp32']:.1f}% than float32's, in which they are encoded",
         highlight=False,
     )
     return tokenizer

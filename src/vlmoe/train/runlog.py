@@ -143,7 +143,7 @@ class RunLog:
             cut(self.run_dir / name, sizes.get(name, 0))
 
     def event(self, kind: str, **details: Any) -> None:
-        self._append(EVENTS, {"event": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details})
+        self._append(EVENTS, _event(kind, details))
 
     def launch(self, step: int, device: torch.device) -> None:
         """Record what started where: command, versions, machine."""
@@ -193,6 +193,20 @@ class RunLog:
             self._files[name].flush()
         except OSError as error:
             raise RunError(f"{self.run_dir / name}: cannot be written: {error}") from None
+
+
+def note_event(run_dir: Path, kind: str, **details: Any) -> None:
+    """One line in a run's events before its log is opened."""
+    path = run_dir / EVENTS
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_event(kind, details), ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error}") from None
+
+
+def _event(kind: str, details: dict[str, Any]) -> dict[str, Any]:
+    return {"event": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **details}
 
 
 def cut(path: Path, size: int) -> None:

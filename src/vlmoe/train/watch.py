@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ class Watch:
     def see(self, batches: dict[str, Batch]) -> None:
         """Keep a few samples of the first batches as the probe."""
         if self._probe is None:
-            self._probe = {kind: _head(batch, PROBE) for kind, batch in batches.items()}
+            self._probe = {kind: batch.head(PROBE) for kind, batch in batches.items()}
 
     def count(self, load: dict[str, Tensor]) -> None:
         """Remember a step's choices, "block/modality" -> (E,)."""
@@ -108,11 +107,6 @@ class Watch:
             for name, now in choices.items()
             if name in before
         }
-
-
-def _head(batch: Batch, n: int) -> Batch:
-    tensors = {name: value[:n].clone() for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    return replace(batch, keys=batch.keys[:n], patch_factors=[], token_factors=[], **tensors)
 
 
 def _norm(parameters: object) -> Tensor:
