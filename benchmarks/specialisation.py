@@ -4,9 +4,9 @@
 
 Of each run: its findings on held-out data (`vlmoe.interpret.findings.find_run`, every expert taken away in turn, tokens
 going to the next best). Printed: for each layer, modality and factor the mutual information of a token's first expert
-and the factor's value, less what shuffled values reach, as a share of the factor's entropy (mean and all seeds); and
-how many pairs of an expert and a value look specialised, are causes, or look specialised and are no cause. Then the
-planted model, in which the truth is known.
+and the factor's value, less what is told when whole samples exchange their values, as a share of the factor's entropy
+(mean and all seeds); and how many pairs of an expert and a value look specialised, are causes, or look specialised and
+are no cause. Then the planted model, in which the truth is known.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         for site, rows in found["experts"].items()
         if rows and rows[0]["ablation"]
     }
-    keep = ("bits", "chance", "chance_high", "share", "tokens")
+    keep = ("bits", "chance", "chance_high", "sample_chance", "sample_chance_high", "share", "tokens")
     information = {
         site: {factor: {key: row[key] for key in keep} for factor, row in rows.items()}
         for site, rows in found["information"].items()
@@ -51,7 +51,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
             if len(known) < len(runs):
                 continue
             shares = [100 * row["share"] for row in known]
-            above = sum(row["bits"] > row["chance_high"] for row in known)
+            above = sum(row["bits"] > max(row["chance_high"], row.get("sample_chance_high", 0)) for row in known)
             each = ", ".join(f"{share:.1f}" for share in shares)
             information.append([site, factor, f"{statistics.fmean(shares):.1f} ({each})", f"{above} of {len(known)}"])
     agreement = []

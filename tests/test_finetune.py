@@ -18,7 +18,8 @@ from tests.golden.record import OVERRIDES
 from tests.test_cli import invoke
 from vlmoe.config import TASKS, RecipeError, UserError, load_finetune, load_recipe, recipe_names
 from vlmoe.data.downstream.loader import open_split
-from vlmoe.tasks.export import Finetuned, load_pretrained
+from vlmoe.evaluate.downstream import evaluate_task
+from vlmoe.tasks.export import Finetuned, load_finetuned, load_pretrained
 from vlmoe.tasks.init import interpolate_positions, start_from
 from vlmoe.tasks.registry import build_task
 from vlmoe.train.finetune import with_steps
@@ -75,6 +76,22 @@ def test_eval_gives_the_same_numbers_for_any_batch_size_and_worker_count(
     for batch, workers in (("1", "0"), ("3", "2")):
         found = json.loads(invoke("eval", folder, task, "--json", "--batch", batch, "--workers", workers))
         assert found == wanted
+
+
+def test_eval_refuses_embeddings_that_are_no_numbers(
+    runs: dict[str, tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*given: Any) -> Any:
+        trained = load_finetuned(*given)
+        torch.nn.init.constant_(trained.model.image_head.weight, float("nan"))
+        return trained
+
+    folder = runs["retrieval"][0]
+    before = (folder / "eval.json").read_bytes()
+    monkeypatch.setattr("vlmoe.evaluate.downstream.load_finetuned", damaged)
+    with pytest.raises(UserError, match=r"^split val: 8 of 8 answers are no numbers"):
+        evaluate_task(folder)
+    assert (folder / "eval.json").read_bytes() == before
 
 
 def test_eval_of_one_split(runs: dict[str, tuple[Path, str]]) -> None:

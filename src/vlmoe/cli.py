@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmoe.config import TASKS, Recipe, UserError, init_of, load_finetune, load_recipe, recipe_names
+from vlmoe.config import TASKS, Recipe, UserError, home, init_of, load_finetune, load_recipe, recipe_names
 from vlmoe.study.declare import load_study, study_names
+from vlmoe.train.output import forgiving_output
 
 app = typer.Typer(
     name="vlmoe",
@@ -31,8 +32,13 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example train.steps=100.")
 ]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help=", ".join(TASKS) + ".")]
-Device = Annotated[str, typer.Option(help="cpu or cuda; auto picks.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto picks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+
+
+def path(text: str) -> Path:
+    """A path from the command line; shells put the home folder for ~ only at the beginning of a word."""
+    return Path(home(text))
 
 
 @app.command()
@@ -49,6 +55,7 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
     if result.stopped_by is not None:  # the signal's number, by the shell's convention
         raise typer.Exit(128 + result.stopped_by)
     print_report(evaluate_run(Path(plan.run.dir)), Path(plan.run.dir))
+    _judge(result)
 
 
 @app.command()
@@ -56,7 +63,7 @@ def stress(
     recipe: RecipeName,
     overrides: Overrides = None,
     fault: Annotated[list[str] | None, typer.Option(help="Only this fault, by its name; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs; empty: runs/NAME-stress.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=path, help="Folder of the runs; empty: runs/NAME-stress.")] = None,
     as_json: Json = False,
 ) -> None:
     """Put faults into short runs of a recipe, with the autopilot on and off, and compare with the undisturbed run.
@@ -83,7 +90,7 @@ def finetune(
     ],
     overrides: Overrides = None,
     init: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="The run to start from; default: the recipe's.")
+        Path | None, typer.Option(parser=path, metavar="RUN", help="The run to start from; default: the recipe's.")
     ] = None,
 ) -> None:
     """Fine-tune a pre-trained run for a task, or go on from where the run in run.dir stopped.
@@ -101,19 +108,22 @@ def finetune(
         raise typer.Exit(128 + result.stopped_by)
     folder = Path(plan.run.dir)
     print_task_report(evaluate_task(folder, progress=True), folder)
+    _judge(result)
 
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="A run's folder.")],
     task: Annotated[
         str | None, typer.Argument(metavar="[TASK]", help="What a fine-tuned run must be fine-tuned for.")
     ] = None,
     device: Device = "auto",
-    samples: Annotated[int | None, typer.Option(help="Held-out samples of each split; default: the recipe's.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Held-out samples of each split; default: the recipe's.")
+    ] = None,
     split: Annotated[list[str] | None, typer.Option(help="Of a fine-tuned run: a split; may be repeated.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Of a fine-tuned run: examples at a time.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Of a fine-tuned run: data processes.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Of a fine-tuned run: examples at a time.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Of a fine-tuned run: data processes.")] = None,
     as_json: Json = False,
 ) -> None:
     """Scores on held-out data.
@@ -138,10 +148,11 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A fine-tuned run's folder.")],
+    run: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="A fine-tuned run's folder.")],
     task: TaskName,
     image: Annotated[
-        list[Path] | None, typer.Option(help="An image; for nlvr2 give two, for retrieval a folder to search.")
+        list[Path] | None,
+        typer.Option(parser=path, help="An image; for nlvr2 give two, for retrieval a folder to search."),
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="The question, sentence or query; for nli premise and hypothesis.")
@@ -159,17 +170,27 @@ def predict(
 
 @app.command()
 def report(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder.")] = None,
-    compare: Annotated[Path | None, typer.Option(metavar="RUN", help="A second run, to set beside the first.")] = None,
-    hf: Annotated[
-        Path | None, typer.Option("--hf", metavar="PATH", help="In place of a run: the folder of a transformers model.")
+    run: Annotated[Path | None, typer.Argument(parser=path, metavar="[RUN]", help="A run's folder.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(parser=path, metavar="RUN", help="A second run, to set beside the first.")
     ] = None,
-    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="With --hf: texts, one on a line.")] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option(
+            "--hf", parser=path, metavar="PATH", help="In place of a run: the folder of a transformers model."
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="With --hf: texts, one on a line.")
+    ] = None,
     images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="With --hf: an image for each text, in the order of their names.")
+        Path | None,
+        typer.Option(
+            parser=path, metavar="DIR", help="With --hf: an image for each text, in the order of their names."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The page to write; default: RUN/report.html.")
+        Path | None, typer.Option(parser=path, metavar="FILE", help="The page to write; default: RUN/report.html.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Held-out samples of each kind of data, or texts, to measure on; default: 256.")
@@ -224,7 +245,9 @@ def study(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example seeds=[0] jobs=1.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The study's folder; default: runs/STUDY.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, metavar="DIR", help="The study's folder; default: runs/STUDY.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the runs and the expected time; train the tokenizers, nothing else.")
     ] = False,
@@ -255,7 +278,9 @@ def plan(
     ] = None,
     flops: Annotated[str, typer.Option(metavar="NUMBER", help="Training FLOPs to spend, for example 1e18.")] = "",
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Of a device, for example 80GB or 64GiB.")] = "",
-    study: Annotated[Path | None, typer.Option(metavar="DIR", help="A study's folder or its study.json.")] = None,
+    study: Annotated[
+        Path | None, typer.Option(parser=path, metavar="DIR", help="A study's folder or its study.json.")
+    ] = None,
     devices: Annotated[int, typer.Option(help="That share a step; data.batch is what each of them gets.")] = 1,
     shard: Annotated[bool, typer.Option(help="Cut weights, gradients and moments over the devices (FSDP).")] = False,
     flops_per_second: Annotated[
@@ -282,15 +307,31 @@ def plan(
     _print_json(found) if as_json else print_plan(found)
 
 
+@app.command()
+def seal(
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="FOLDER", help="A run's folder or its model folder.")],
+) -> None:
+    """Take a model's and its tokenizers' files as they are: write their digests anew after a change by hand.
+
+    Loading compares every file with the digest it was written with, and refuses what differs.
+    """
+    from vlmoe.tasks.export import seal as write
+
+    for file in write(folder):
+        print(file)
+
+
 @data_app.command("make")
 def data_make(
     recipe: RecipeName,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards; must not hold any yet.")],
+    out: Annotated[
+        Path, typer.Argument(parser=path, metavar="OUT", help="Folder for the shards; must not hold any yet.")
+    ],
     overrides: Overrides = None,
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
     split: Annotated[str, typer.Option(help="train, val, handwriting, font or attributes.")] = "train",
-    samples: Annotated[int, typer.Option(help="How many.")] = 10_000,
-    per_shard: Annotated[int, typer.Option(help="Samples in a shard.")] = 1_000,
+    samples: Annotated[int, typer.Option(min=1, help="How many.")] = 10_000,
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = 1_000,
 ) -> None:
     """Write a recipe's data (the embedded world by default) as WebDataset shards."""
     from vlmoe.data.make import make_shards
@@ -306,15 +347,22 @@ def data_check(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Shards (brace or glob pattern), a folder or parquet.")],
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
     type_: Annotated[str, typer.Option("--type", help="shards, folder or parquet; auto tells by the path.")] = "auto",
+    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column, as in a recipe.")] = "image",
+    text_column: Annotated[
+        str, typer.Option(help="Of parquet, tables and .json members: where captions are, as in a recipe.")
+    ] = "text",
     as_json: Json = False,
 ) -> None:
     """Validate anyone's data: counts, broken images, caption lengths, first errors with file and key.
 
-    Exits with 1 when something is wrong with it.
+    Accounts for every file and member: part of a sample, or ignored with a reason. Exits with 1 when a sample cannot be
+    used, a key occurs twice or there is no sample; files that are ignored are no errors.
     """
     from vlmoe.data.check import check_data, print_check
 
-    report = check_data(path, kind=kind, type=type_, progress=not as_json)
+    report = check_data(
+        home(path), kind=kind, type=type_, image_column=image_column, text_column=text_column, progress=not as_json
+    )
     if as_json:
         _print_json(report)
     else:
@@ -327,10 +375,10 @@ def data_check(
 def data_show(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(parser=path, help="The PNG to write.")] = Path("samples.png"),
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
     split: Annotated[str, typer.Option(help="train, or a held-out split.")] = "train",
-    samples: Annotated[int, typer.Option(help="How many.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
 ) -> None:
     """Save a contact sheet of samples as they enter the model: resized, masked, tokenized."""
     from vlmoe.data.show import show_data
@@ -339,17 +387,38 @@ def data_show(
     print(out)
 
 
+def _judge(result: Any) -> None:
+    """A run that has made fewer than half of its updates is no success, whatever its scores."""
+    if result.mostly_held_back:
+        print(
+            f"vlmoe: error: {result.held_back} of {result.steps} updates were held back, so the model is hardly "
+            "trained; a lower train.lr or a longer train.warmup in a new run.dir usually helps",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
 def main() -> None:
-    """Entry point: our own errors become one line and exit code 2; anything else is a bug and shows its trace."""
-    try:
-        app()
-    except UserError as error:
-        print(f"vlmoe: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point: our own errors become one line and exit code 2; anything else is a bug and shows its trace.
+
+    An output that is closed early is no error. One that is lost otherwise is, but only when the command has ended.
+    """
+    code: Any = 0
+    with forgiving_output() as lost:
+        try:
+            app()
+        except UserError as error:
+            print(f"vlmoe: error: {error}", file=sys.stderr)
+            code = 2
+        except SystemExit as end:
+            code = end.code
+    if lost:
+        print(f"vlmoe: error: the output could not be written: {lost[0]}", file=sys.stderr)
+    sys.exit(code or (1 if lost else 0))
 
 
 if __name__ == "__main__":

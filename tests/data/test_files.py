@@ -230,7 +230,11 @@ def test_folder_with_a_table(tmp_path: Path) -> None:
     assert only_bad(found)[0][0] == "9.png"
     source = open_files("folder", FileOptions("pair", str(tmp_path), "all", SIZE))
     assert source.draw(0, 1).text == "uno"
-    for line, reason in (("{", "line 1: expected a JSON object"), ('{"file_name": "../x.png"}', "not a path below")):
+    for line, reason in (
+        ("{", "line 1: not valid JSON"),
+        ("{}", "line 1: expected .file_name"),
+        ('{"file_name": "../x.png"}', "not a path below"),
+    ):
         (tmp_path / "metadata.jsonl").write_text(line)
         with pytest.raises(UserError, match=reason):
             read("folder", "pair", tmp_path)

@@ -123,7 +123,7 @@ def test_a_bomb_is_refused_by_its_header(width: int, height: int, monkeypatch: p
         (b"hello world, no image", "not an image of a known format"),
         (encode(noise(64, 64), "JPEG")[:700], "broken image: .*truncated"),
         (encode(noise(64, 64))[:700], "broken image"),
-        (encode(noise(64, 64), "TIFF"), "not an image of a known format"),
+        (encode(noise(64, 64), "PCX"), "not an image of a known format"),
         (png_header(0, 5), "broken image|not an image|pixels"),
         (png_header(50, 50), "broken image"),
     ],

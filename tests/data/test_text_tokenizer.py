@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from tests.data.fakes import WORDS, small_recipe
-from vlmoe.config import UserError
+from vlmoe.config import UserError, read_sealed, write_sealed
 from vlmoe.data.text_tokenizer import (
     HFTokenizer,
     SentencePieceTokenizer,
@@ -174,13 +174,16 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing file text.json"):
         load_text_tokenizer(tmp_path)
     train_wordpiece(TEXTS, 200).save(tmp_path)
-    about = json.loads((tmp_path / "text.json").read_text())
+    about = read_sealed(tmp_path / "text.json")
     about["special"]["mask"] = 77
     (tmp_path / "text.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"text.json: has no sha256"):
+        load_text_tokenizer(tmp_path)
+    write_sealed(tmp_path / "text.json", about)
     with pytest.raises(UserError, match="special tokens are"):
         load_text_tokenizer(tmp_path)
     (tmp_path / "text.json").write_text("[]")
-    with pytest.raises(UserError, match="not a text tokenizer's description"):
+    with pytest.raises(UserError, match="JSON is a list"):
         load_text_tokenizer(tmp_path)
 
 

@@ -16,6 +16,7 @@ from tests.interpret.test_own import finetuned
 from tests.interpret.world import Toy, batch_of, tiny
 from vlmoe.config import UserError
 from vlmoe.data.batch import IGNORE
+from vlmoe.data.visual_tokenizer import VQTokenizer
 from vlmoe.interpret.causal import ablate
 from vlmoe.interpret.effects import Ground
 from vlmoe.interpret.findings import batches_of, find, find_run, find_two, history, write
@@ -31,7 +32,8 @@ KEYS = {
 def saved(trained: Pretrained, run: Path) -> Path:
     """A run's folder as training leaves it, as far as findings read it."""
     trained.text_tokenizer.save(run / "tokenizers")
-    trained.visual_tokenizer.save(run / "tokenizers")  # type: ignore[attr-defined]
+    assert isinstance(trained.visual_tokenizer, VQTokenizer)
+    trained.visual_tokenizer.save(run / "tokenizers")
     export(trained.model, trained.recipe, run / "tokenizers", run / "model")
     lines = []
     for step in range(1, 31):

@@ -11,6 +11,7 @@ from vlmoe.interpret.own import OwnSubject
 from vlmoe.interpret.recorder import record
 from vlmoe.interpret.recording import Recording, Routed, SiteInfo, Words
 from vlmoe.interpret.statistics import (
+    Information,
     contingency,
     information,
     mutual_bits,
@@ -133,6 +134,72 @@ def test_what_determines_the_expert_has_all_bits() -> None:
     assert found.share > 0.97
     assert information(routed, words_of(["a"] * 200)).factor_bits == 0
     assert information(routed, words_of([""] * 200)).tokens == 0
+
+
+def captions(rng: np.random.Generator, count: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """sample_N, place_N of captions of 6 to 24 tokens."""
+    length = rng.integers(6, 25, count)
+    return np.repeat(np.arange(count), length), np.concatenate([np.arange(n) for n in length])
+
+
+def by_sample(expert_N: np.ndarray, value_N: np.ndarray, sample_N: np.ndarray, choices: str) -> Information:
+    """Of eight experts; a negative value is not known."""
+    words = words_of([f"v{v}" if v >= 0 else "" for v in value_N])
+    return information(routed_of([[int(e)] for e in expert_N], 8), words, choices, sample_T=sample_N)
+
+
+@pytest.mark.parametrize("choices", ["first", "all"])
+def test_what_a_captions_tokens_share_is_chance_by_sample(choices: str) -> None:
+    """Experts go by the place, or by a word that fills the caption; the factor is constant in a caption. The second is
+    nothing but forty observations, which look like six hundred."""
+    shares = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        sample_N, place_N = captions(rng)
+        value_N, word_N = (rng.integers(n, size=40)[sample_N] for n in (3, 8))
+        by_place = by_sample(place_N % 8, value_N, sample_N, choices)
+        by_word = by_sample(word_N, value_N, sample_N, choices)
+        assert by_word.bits > 4 * by_word.chance_high  # by token it looks certain
+        for found in (by_place, by_word):
+            assert found.bits < max(found.chance_high, found.sample_chance_high)  # what is claimed is above both
+        assert abs(by_place.share) < 0.03
+        shares.append(by_word.share)
+    assert abs(np.mean(shares)) < 0.06
+
+
+@pytest.mark.parametrize("choices", ["first", "all"])
+def test_what_experts_do_go_by_is_above_chance_by_sample(choices: str) -> None:
+    rng = np.random.default_rng(0)
+    sample_N, place_N = captions(rng)
+    value_N = rng.integers(3, size=40)[sample_N]
+    noisy_N = np.where(rng.random(len(value_N)) < 0.3, rng.integers(3, size=len(value_N)), value_N)
+    own_N = rng.integers(3, size=len(value_N))  # each token has a value of its own
+    known_N = np.where(place_N % 2, value_N, -1)  # known for half of the tokens
+    for expert_N, label_N in ((noisy_N, value_N), (own_N, own_N), (place_N % 8, place_N % 8), (noisy_N, known_N)):
+        found = by_sample(expert_N, label_N, sample_N, choices)
+        assert found.bits > found.sample_chance_high
+        assert found.share > 0.2
+        assert found == by_sample(expert_N, label_N, sample_N, choices)
+
+
+def test_chance_by_sample_of_a_constant_factor_is_that_of_exchanged_samples() -> None:
+    """By hand: captions of one length, so that only whole captions' values change places."""
+    rng = np.random.default_rng(2)
+    expert_SP, value_S = rng.integers(4, size=(30, 10)), rng.integers(3, size=30)
+    expert_SP[:, 5:] = expert_SP[:, 4:5]
+    sample_N = np.repeat(np.arange(30), 10)
+    found = information(
+        routed_of([[int(e)] for e in expert_SP.ravel()], 4), words_of([f"v{v}" for v in value_S[sample_N]]),
+        permutations=400, sample_T=sample_N,
+    )  # fmt: skip
+    by_hand = []
+    for _ in range(400):
+        table = np.zeros((4, 3))
+        np.add.at(table, (expert_SP.ravel(), rng.permutation(value_S)[sample_N]), 1)
+        by_hand.append(float(mutual_bits(table)))
+    assert found.sample_chance == pytest.approx(np.mean(by_hand), rel=0.08)
+    assert found.sample_chance_high == pytest.approx(np.quantile(by_hand, 0.975), rel=0.12)
+    assert found.sample_chance > 2 * found.chance
 
 
 def test_tokens_that_are_telling() -> None:

@@ -76,6 +76,21 @@ def test_ranks_do_not_depend_on_the_chunk() -> None:
         assert whole[n] == sum(s > best for m, s in enumerate(scores) if m not in found)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["queries", "gallery items"])
+def test_embeddings_that_are_no_numbers_are_refused(side: str, value: float) -> None:
+    query, gallery = torch.eye(3), torch.eye(3)
+    (query if side == "queries" else gallery)[1, 2] = value
+    with pytest.raises(ValueError, match=f"1 of 3 {side} have embeddings that are no numbers"):
+        ranks(query, gallery, [[0], [1], [2]])
+
+
+def test_a_wrong_item_within_rounding_of_the_right_one_stands_before_it() -> None:
+    query = torch.tensor([[1.0, 0.0]])
+    gallery = torch.tensor([[1.0, 0.0], [1.0 - 5e-6, 0.0], [1.0 - 5e-5, 0.0]])
+    assert [int(ranks(query, gallery, [[i]])[0]) for i in range(3)] == [1, 1, 2]
+
+
 def test_recall_counts_the_first_k() -> None:
     scores = recall(torch.tensor([0, 4, 5, 9, 10]))
     assert [scores[k].value for k in ("R@1", "R@5", "R@10")] == [0.2, 0.4, 0.8]

@@ -127,6 +127,27 @@ def test_padding_costs_where_it_is_computed_and_only_there() -> None:
         assert padded[part] == full[part]
 
 
+def test_padding_is_charged_to_sparse_and_dense_alike() -> None:
+    """Two texts of 24 positions, 24 of the 48 tokens real. One expert a token of the dense layer's size: what is
+    computed differs by the padding, what is charged does not. By hand: 3 blocks, 4 D H a position, H = 2 D."""
+    shape = Shape("text", 2, 24, 24, 4)
+    layer = both("sparse=all", "experts=4", "granularity=1", "shared_experts=0", "router.k=1", "expert_size=1.0")
+    dense, sparse = recipe_of(DENSE), recipe_of([*layer, *both("router.renormalize=false")])
+    D = dense.model.width
+    costs = {side: account(recipe, [shape]) for side, recipe in (("dense", dense), ("sparse", sparse))}
+    by_hand = 3 * 4 * D * (2 * D)
+    assert costs["dense"].step.forward["text"] == costs["dense"].charge.forward["text"] == by_hand * 48
+    assert costs["sparse"].step.forward["text"] == by_hand * 24
+    assert costs["sparse"].charge.forward["text"] == by_hand * 48
+    assert costs["sparse"].charge.forward["dispatch"] == 3 * 2 * D * 48
+    assert costs["sparse"].charge.forward["router"] == costs["sparse"].step.forward["router"] == 3 * 2 * 4 * D * 48
+    assert costs["dense"].charge == costs["dense"].step
+    extra = 3 * (3 * 2 * D * 48 + 3 * 2 * 4 * D * 48)  # forward and backward: dispatch and router are all that differs
+    assert costs["sparse"].charge.total - costs["dense"].charge.total == extra
+    assert {cost.tokens for cost in costs.values()} == {24}  # padding is never counted among the tokens
+    assert costs["sparse"].charge_per_token == costs["sparse"].charge.total / 24
+
+
 # --------------------------------------------------------------------------------------------------------------- memory
 @pytest.mark.parametrize(
     ("name", "precision"),

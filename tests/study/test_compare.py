@@ -1,6 +1,7 @@
 """Compute saved, frontiers and the ablation, on runs made by hand."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from vlmoe.study.compare import (
     AT_LEAST,
     AT_MOST,
+    UNKNOWN,
+    Factor,
     ablation,
     compute_saved,
     cost_at,
@@ -16,7 +19,10 @@ from vlmoe.study.compare import (
     mean_interval,
     saved,
     saved_against_best,
+    summarise,
 )
+from vlmoe.study.draw import draw_saved
+from vlmoe.study.saved import by_seed, times, verdict
 
 
 def row(model: str, steps: int, loss: float | None, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -116,3 +122,55 @@ def test_ablation_takes_runs_of_equal_compute() -> None:
     rows = [r for r in rows if r["model"] != "b"] + [row("b", 13, 0.01, s, flops=2.05e10) for s in (0, 1)]
     assert [e["steps"] for e in ablation(rows, models, ["loss"])] == [20, 20, 20, 13]
     assert ablation([r for r in rows if r["model"] != "t"], models, ["loss"]) == []
+
+
+def test_a_seed_that_never_reaches_the_dense_loss_is_censored() -> None:
+    """Three seeds, of which two are lost: a run of 400 steps that costs 1.25 times as much as the dense one's 400 says
+    that less than 1 / 1.25 is saved, no more. The third needs 300 steps for what the dense model needs 400 for."""
+    rows = []
+    for seed, level in ((0, 1.2), (1, 1.2), (2, (300 / 400) ** 0.5)):
+        for steps in (100, 200, 400):
+            rows.append(row("dense", steps, steps**-0.5, seed))
+            rows.append(row("moe", steps, level * steps**-0.5, seed, flops=1.25e9 * steps, flops_per_token=1.25e6))
+    (found,) = compute_saved(rows)
+    flops = found["flops"]
+    assert {s: f["bound"] for s, f in flops["seeds"].items()} == {"0": AT_MOST, "1": AT_MOST, "2": ""}
+    assert flops["seeds"]["0"]["factor"] == flops["seeds"]["1"]["factor"] == pytest.approx(0.8)
+    assert flops["seeds"]["2"]["factor"] == pytest.approx(400 / (1.25 * 300))
+    assert flops["factor"] == pytest.approx((0.8 * 0.8 * 400 / 375) ** (1 / 3))
+    assert (flops["bound"], flops["censored"], flops["low"], flops["high"]) == (AT_MOST, 2, None, None)
+    assert found["flops_ratio"] == 1.25
+    assert times(flops) == "≤ 0.881 (not reached in 2 of 3 seeds)"  # 0.8805
+    assert by_seed(flops) == "≤ 0.800, ≤ 0.800, 1.07"
+    assert "no gain is shown" in verdict(flops)
+    clock = found["seconds"]  # the same seeds are lost on the clock
+    assert (clock["bound"], clock["censored"], clock["low"]) == (AT_MOST, 2, None)
+
+
+def test_a_seed_below_the_dense_loss_from_its_first_run_on_is_a_lower_bound() -> None:
+    found = summarise({0: Factor(2.0), 1: Factor(4.5, AT_LEAST)})
+    assert (found["factor"], found["bound"], found["low"]) == (pytest.approx(3.0), AT_LEAST, None)
+    assert times(found) == "≥ 3.000 (reached by its first run in 1 of 2 seeds)"
+    assert "no interval" in verdict(found)
+
+
+def test_bounds_in_both_directions_are_no_mean() -> None:
+    found = summarise({0: Factor(2.0, AT_MOST), 1: Factor(4.0, AT_LEAST), 2: Factor(1.0)})
+    assert (found["factor"], found["bound"], found["censored"]) == (None, UNKNOWN, 2)
+    assert times(found) == "unknown (not reached in 1 of 3 seeds, reached by its first run in 1 of 3 seeds)"
+    assert "no gain is shown" in verdict(found)
+
+
+def test_what_a_measured_factor_shows() -> None:
+    assert "no gain is shown" in verdict(summarise({0: Factor(1.3), 1: Factor(1.0), 2: Factor(1.1)}))
+    assert "no gain is shown" in verdict(summarise({0: Factor(1.3)}))
+    assert verdict(summarise({0: Factor(1.3), 1: Factor(1.31)})).startswith("A gain")
+    assert verdict(summarise({0: Factor(0.7), 1: Factor(0.71)})).startswith("A loss")
+
+
+def test_a_bound_is_drawn_without_an_interval(tmp_path: Path) -> None:
+    entry = {"model": "moe", "flops": summarise({0: Factor(1.2), 1: Factor(0.9, AT_MOST)})}
+    entry["seconds"] = summarise({0: Factor(0.5, AT_MOST), 1: Factor(2.0, AT_LEAST)})  # nothing to draw
+    drawn = draw_saved([entry], tmp_path)
+    assert drawn is not None
+    assert drawn.read_bytes().startswith(b"\x89PNG")

@@ -47,7 +47,7 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path: Path) -> None:
     assert {run.seed for run in first} == {0}  # everything once, before anything twice
     run = plan.runs[0]
     assert run.tokens == run.steps * (8 * 17 * 2 + 150 + 30 + 120) / 2  # padding is not counted
-    assert run.flops == run.steps * plan.models[run.model].cost.step.total
+    assert run.flops == run.steps * plan.models[run.model].cost.charge.total
 
 
 def test_experts_are_sized_to_cost_what_a_dense_layer_costs(tmp_path: Path) -> None:
@@ -56,7 +56,9 @@ def test_experts_are_sized_to_cost_what_a_dense_layer_costs(tmp_path: Path) -> N
     assert fine.settings["expert_size"] == 0.5
     for part in ("vision", "attention"):
         assert fine.cost.step.forward[part] == dense.cost.step.forward[part]
-    assert fine.cost.step.forward["text"] < dense.cost.step.forward["text"]  # experts take no padding
+    assert fine.cost.step.forward["text"] < dense.cost.step.forward["text"]  # experts take no padding,
+    for part in ("vision", "text", "vl", "attention"):
+        assert fine.cost.charge.forward[part] == dense.cost.charge.forward[part]  # and are charged for it all the same
     assert fine.cost.step.forward["router"] > 0  # and is paid for:
     assert fine.cost.flops_per_token == fine.cost.step.total / fine.cost.tokens
     with pytest.raises(StudyError, match="128 hidden units cannot be cut into 3 equal parts"):

@@ -12,8 +12,9 @@ from vlmoe.cli import app
 from vlmoe.config import from_mapping, load_recipe, to_mapping
 from vlmoe.model import sizes
 from vlmoe.study.declare import StudyError
-from vlmoe.study.law import check, fit
-from vlmoe.study.plan import make_plan, parse_size, warning
+from vlmoe.study.law import HIGH, check, configurations, fit
+from vlmoe.study.plan import make_plan, parse_size, undetermined, warning
+from vlmoe.study.recount import CHARGE
 from vlmoe.study.speed import Speeds
 
 BASE = ["model.width=64", "model.heads=4", "model.depth=4"]
@@ -59,7 +60,7 @@ def report() -> dict[str, Any]:
     return {
         "runs": RUNS, "recipe": to_mapping(dense), "base": "demo", "machine": {"device_name": "a machine"},
         "models": models, "sweep": {"dense": {"best": 2e-3, "width": 64, "width_power": -0.5}},
-        "declared": {"expert_power": 0.5}, "shapes": SHAPES,
+        "declared": {"expert_power": 0.5}, "shapes": SHAPES, "charge": CHARGE,
     }  # fmt: skip
 
 
@@ -102,6 +103,35 @@ def test_experts_that_cost_loss_are_seen_as_such() -> None:
     assert fit(worse, "additive", refits=5).parameters["gamma"] == pytest.approx(-0.15, abs=0.03)
 
 
+def test_refits_draw_whole_configurations() -> None:
+    """Seeds of a configuration enter and leave a refit together: with all seeds equal, runs and configurations give the
+    same refits, and a copy of every run changes no interval."""
+    groups = configurations(RUNS)
+    assert len(groups) == len(RUNS) // 2  # two seeds of each
+    for places in groups:
+        assert len({(RUNS[i]["model"], RUNS[i]["steps"]) for i in places}) == 1
+        assert {RUNS[i]["seed"] for i in places} == {0, 1}
+    copies = [r | {"seed": 10 + r["seed"], "run": r["run"] + "-copy"} for r in RUNS]
+    once, twice = (fit(rows, "additive", 20).as_dict()["intervals"] for rows in (RUNS, [*RUNS, *copies]))
+    for name in once:  # drawn one by one, twice the runs would make intervals narrower by the root of 2
+        assert twice[name] == pytest.approx(once[name], rel=1e-3, abs=1e-5)
+
+
+def test_what_ends_at_a_bound_of_the_fit_is_marked() -> None:
+    """Runs of one size do not determine what size is worth; runs without a floor push the best loss to none."""
+    sure = fit(RUNS, "additive", 20)
+    assert sure.at_bound() == []
+    assert "alpha" not in sure.as_dict()["intervals_at_bound"]
+    steep = [r | {"loss": 1.0 + (r["params_active"] / 5e4) ** -6.0 + (r["tokens"] / 2e5) ** -0.5} for r in RUNS]
+    found = fit(steep, "additive", 20).as_dict()
+    assert "alpha" in found["at_bound"]  # 6 is beyond the bound of 3
+    assert found["parameters"]["alpha"] == pytest.approx(HIGH["alpha"])
+    assert "high" in found["intervals_at_bound"]["alpha"]
+    assert "alpha ended there" in undetermined(found).replace("alpha, best", "alpha")
+    assert "alpha" in check(steep, "additive", 5)["at_bound"]  # type: ignore[index]
+    assert undetermined({"at_bound": [], "intervals_at_bound": {}}) == ""
+
+
 def test_too_few_runs_are_no_law() -> None:
     with pytest.raises(StudyError, match="there are 6"):
         fit([r for r in RUNS if r["tokens"] < 3e6 and r["params_active"] == 5e4])
@@ -139,7 +169,7 @@ def test_a_plan_counts_texts_as_long_as_the_study_had_them(report: dict[str, Any
     short = make_plan(report, 1e13, 1e9, [*half, "model.max_text=10"], refits=5)["recommended"]
     assert short["tokens"] == short["steps"] * (seen + 20 * 10)  # of pairs and texts
     with pytest.raises(StudyError, match="does not say how long its texts were"):
-        make_plan({k: v for k, v in report.items() if k != "shapes"}, 1e13, 1e9, refits=5)
+        make_plan({k: v for k, v in report.items() if k not in ("shapes", "charge")}, 1e13, 1e9, refits=5)
 
 
 def test_speed_depends_on_side_and_size() -> None:

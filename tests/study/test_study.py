@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from vlmoe.cli import app
 from vlmoe.config import load_recipe, to_mapping
 from vlmoe.data.loader import held_out
 from vlmoe.evaluate.masked import losses
+from vlmoe.study import compare
+from vlmoe.study.collect import finished
 from vlmoe.study.declare import Budget, StudyError, load_study
 from vlmoe.study.declare import to_mapping as study_mapping
 from vlmoe.study.extend import check
 from vlmoe.study.grid import count, make_plan
 from vlmoe.study.measure import data_shapes
 from vlmoe.study.plan import read_report
+from vlmoe.study.recount import COUNTED, recount
+from vlmoe.study.report import headline
 from vlmoe.study.schedule import Job, Meter, run_jobs
 from vlmoe.study.worker import held_out_scores
 from vlmoe.tasks.export import load_pretrained
@@ -258,6 +263,57 @@ def test_tables_and_pages_hold_the_same(launches: dict[str, Any]) -> None:
         assert words in page
         assert words in (out / "study.md").read_text()
     assert "needs at least 8 finished runs" in page  # no law of four runs
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("study-*")), ids=lambda folder: folder.name)
+def test_committed_reports_say_what_their_runs_say(folder: Path) -> None:
+    report = read_report(folder)
+    assert recount(report) is report  # padding is charged alike
+    rows = report["runs"]
+    assert _plain(compare.compute_saved(rows)) == report["saved"]
+    assert _plain(compare.frontiers(rows)) == report["frontier"]
+    text = (folder / "study.md").read_text()
+    for line in headline(report):
+        assert line in text
+    for row in finished(rows):
+        model = report["models"][row["model"]]
+        assert row["flops_per_token"] == pytest.approx(model["flops_per_token"])
+        assert row["flops"] == pytest.approx(
+            row["tokens"] * row["flops_per_token"] * (1 + row["repeated"] / row["steps"])
+        )
+        if row["placement"] in (None, "vision"):  # no experts for texts: none skips padding
+            assert model["flops_per_token"] == model["flops_computed_per_token"]
+        else:
+            assert model["flops_per_token"] > model["flops_computed_per_token"]
+    lines = {line["run"]: line for line in csv.DictReader((folder / "runs.csv").open())}
+    assert {row["run"]: row["flops"] for row in rows} == {name: float(line["flops"]) for name, line in lines.items()}
+    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (folder / picture).is_file()
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def test_an_older_report_is_recounted_as_the_accounting_counts(launches: dict[str, Any]) -> None:
+    """From what was computed, as reports of before had it, to what is charged: the same as the study's own figures."""
+    report = launches["second report"]
+    shares = {n: m["flops_computed_per_token"] / m["flops_per_token"] for n, m in report["models"].items()}
+    assert shares["fine"] < 1
+    before = {k: v for k, v in report.items() if k != "charge"} | {
+        "models": {n: m | {"flops_per_token": m["flops_computed_per_token"]} for n, m in report["models"].items()},
+        "runs": [r | {k: shares[r["model"]] * r[k] for k in COUNTED if r[k] is not None} for r in report["runs"]],
+    }  # fmt: skip
+    after = recount(before)
+    for then, now in zip(report["runs"], after["runs"], strict=True):
+        assert {k: now[k] for k in COUNTED} == pytest.approx({k: then[k] for k in COUNTED})
+    for name, model in report["models"].items():
+        for key in ("flops_per_token", "flops_computed_per_token"):
+            assert after["models"][name][key] == pytest.approx(model[key])
+    with pytest.raises(StudyError, match="does not say how long its texts were"):
+        recount({k: v for k, v in before.items() if k != "shapes"})
+    with pytest.raises(StudyError, match="does not describe its model"):
+        recount(before | {"runs": [before["runs"][0] | {"model": "another", "width": 7}]})
 
 
 class UntilItTrains(Meter):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.model.test_sizes import small, sparse
 from vlmoe.config import ModelConfig
 from vlmoe.data.batch import IGNORE, Batch
-from vlmoe.data.visual_tokenizer import StoredCodes
+from vlmoe.data.visual_tokenizer import StoredCodes, VQTokenizer
 from vlmoe.moe import RoutingStats
 from vlmoe.tasks.pretrain import MaskedDataModelling, pool, summarise_routing
 
@@ -110,6 +110,36 @@ def test_what_is_shown_does_not_count_as_a_target() -> None:
     assert torch.equal(task({"image": batch}).loss, before)
     batch.codes_BP[batch.patch_mask_BP] = 11 - batch.codes_BP[batch.patch_mask_BP]
     assert not torch.equal(task({"image": batch}).loss, before)
+
+
+def test_targets_are_the_same_with_and_without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 run learns the codes that evaluation asks for, near ties included."""
+    visual = VQTokenizer(16, 8, codes=12, dim=4, width=8).eval()
+    visual.codebook_VZ.copy_(F.normalize(visual.codebook_VZ[:1] + 0.001 * visual.codebook_VZ, dim=-1))
+    task = MaskedDataModelling(sparse(small()), visual).eval()
+    batches = {"pair": pairs(32), "image": images(32)}
+    seen: list[torch.Tensor] = []
+
+    def cross_entropy(logits_MV: torch.Tensor, target_M: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(target_M)
+        return original(logits_MV, target_M, **options)
+
+    original = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    task(batches)
+    plain = list(seen)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        task(batches)
+    assert len(plain) == 3  # the pairs' patches and words, the images' patches
+    for before, under in zip(plain, seen, strict=True):
+        assert torch.equal(before, under)
+    image_BCHW = batches["pair"].image_BCHW
+    assert image_BCHW is not None
+    codes = visual.encode(batches["pair"])
+    assert torch.equal(plain[0], codes[batches["pair"].patch_mask_BP])
+    z = visual.features(image_BCHW).bfloat16()
+    assert not torch.equal((z @ visual.codebook_VZ.bfloat16().T).argmax(-1), codes)  # rounded, they would be others
 
 
 def test_it_learns_a_small_batch_by_heart() -> None:

@@ -102,9 +102,43 @@ def _arm(moment: str, task: Any) -> None:
             "sigint-twice": (task, "forward", _signal_twice),
             "group-sigint": (task, "forward", lambda: os.killpg(os.getpgrp(), signal.SIGINT)),
             "group-sigterm": (task, "forward", lambda: os.killpg(os.getpgrp(), signal.SIGTERM)),
+            "group-sighup": (task, "forward", lambda: os.killpg(os.getpgrp(), signal.SIGHUP)),
+            "group-sigusr1": (task, "forward", lambda: os.killpg(os.getpgrp(), signal.SIGUSR1)),
+            "ignored-sighup": (task, "forward", lambda: os.killpg(os.getpgrp(), signal.SIGHUP)),
+            "worker": (task, "forward", _kill_worker),
+            "updated": (torch.optim.AdamW, "step", lambda: os.killpg(os.getpgrp(), signal.SIGTERM)),
+            "raise": (torch.optim.AdamW, "step", _raise),
             "hang": (task, "forward", lambda: signal.pause()),
         }[place]
-        _before(owner, name, number, action)
+        if place == "ignored-sighup":
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if owner is torch.optim.AdamW:
+            _after_update(number, action)
+        else:
+            _before(owner, name, number, action)
+
+
+def _after_update(number: int, action: Callable[[], object]) -> None:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            action()
+
+    register_optimizer_step_post_hook(hook)
+
+
+def _kill_worker() -> None:
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+
+def _raise() -> None:
+    raise RuntimeError("between the update and its count")
 
 
 def _before(owner: Any, name: str, number: int, action: Callable[[], object]) -> None:

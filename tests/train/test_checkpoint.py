@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.train.toy import ToyData, ToyTask, toy_recipe, toy_task
-from vlmoe.config import Recipe, TrainConfig, to_mapping
+from vlmoe.config import Recipe, TrainConfig, describe, read_sealed, to_mapping, write_sealed
 from vlmoe.train import checkpoint
 from vlmoe.train.checkpoint import MODEL, OPTIMIZER, STATE, CheckpointError, State
 from vlmoe.train.loop import train
@@ -95,9 +95,15 @@ def flip(path: Path) -> None:
 
 
 def drop_key(path: Path) -> None:
-    state = json.loads(path.read_text())
+    state = read_sealed(path)
     del state["micro_step"]
-    path.write_text(json.dumps(state))
+    write_sealed(path, state)
+
+
+def alter_key(path: Path) -> None:
+    text = path.read_text()
+    assert '"step": 4' in text
+    path.write_text(text.replace('"step": 4', '"step": 5'))
 
 
 @pytest.mark.parametrize(
@@ -110,8 +116,10 @@ def drop_key(path: Path) -> None:
         (STATE, os.remove, r"missing"),
         (STATE, truncate, r"not readable as JSON"),
         (STATE, drop_key, r"lacks micro_step"),
-        (STATE, lambda p: p.write_text('{"format": 99}'), r"format 99, this version reads 3"),
-        (STATE, lambda p: p.write_text("[]"), r"format 'list'"),
+        (STATE, alter_key, r"does not fit the sha256 in it: altered"),
+        (STATE, lambda p: write_sealed(p, {"format": 99}), r"format 99, this version reads 4"),
+        (STATE, lambda p: p.write_text('{"format": 4}'), r"no sha256 of its content"),
+        (STATE, lambda p: p.write_text("[]"), r"JSON is a list"),
     ],
 )
 def test_damage_is_named_and_the_older_checkpoint_serves(
@@ -140,11 +148,9 @@ def rewrite(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]],
     tensors = load_file(folder / name)
     change(tensors)
     save_file(tensors, folder / name)
-    state = json.loads((folder / STATE).read_text())
-    digest = checkpoint._digest(folder / name)
-    size = (folder / name).stat().st_size
-    state["files"][name] = {"bytes": size, "sha256": digest, "tensors": len(tensors)}
-    (folder / STATE).write_text(json.dumps(state))
+    state = read_sealed(folder / STATE)
+    state["files"][name] = describe(folder / name) | {"tensors": len(tensors)}
+    write_sealed(folder / STATE, state)
 
 
 def test_a_checkpoint_of_another_model_lists_the_tensors(run_dir: Path) -> None:
@@ -205,7 +211,7 @@ def test_keys_that_do_not_change_the_numbers_are_free(run_dir: Path) -> None:
 
 def test_a_checkpoint_from_before_a_key_was_there_says_what_it_did(run_dir: Path) -> None:
     path = run_dir / "checkpoints" / "step-4"
-    state = json.loads((path / STATE).read_text())
+    state = read_sealed(path / STATE) | {"format": 3}
     del state["recipe"]["init"], state["recipe"]["train"]["patch_lr"]
     (path / STATE).write_text(json.dumps(state))
     recipe = going_on(run_dir)

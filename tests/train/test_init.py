@@ -11,6 +11,7 @@ import vlmoe
 from tests.golden.record import OVERRIDES
 from tests.test_cli import invoke
 from vlmoe.config import UserError
+from vlmoe.tasks.export import seal
 from vlmoe.train.runlog import read_lines
 
 SHORT = ["train.steps=2", "eval.samples=16", "eval.pictures=2"]
@@ -72,6 +73,7 @@ def test_other_tokenizers_are_refused(dense: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["codebook_VZ"] = tensors["codebook_VZ"] + 1
     save_file(tensors, file)
+    seal(folder)
     with pytest.raises(UserError, match="visual tokenizer there is not this run's"):
         invoke("pretrain", "demo", f"run.dir={folder}", f"init={dense}", *OVERRIDES, *SHORT)
 

@@ -185,11 +185,24 @@ def test_precision_on_the_cpu(tmp_path: Path, precision: str, dtype: torch.dtype
 
 def test_devices() -> None:
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(UserError, match=r"key 'train.device' got 'tpu9', wanted auto, cpu or cuda"):
+    with pytest.raises(UserError, match=r"key 'train.device' got 'tpu9', wanted auto, cpu, cuda or cuda:N"):
         pick_device("tpu9")
+    for name in ("mps", "meta", "xpu", "mps:0"):
+        with pytest.raises(UserError, match=rf"key 'train.device' got '{name}', wanted auto.* not supported"):
+            pick_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"key 'train.device' got 'cuda'.*sees no CUDA device"):
             pick_device("cuda")
+        with pytest.raises(UserError, match=r"--device got 'cuda:99'"):
+            pick_device("cuda:99", "--device")
+
+
+def test_a_cuda_device_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match=r"got 'cuda:2', wanted a number below 2"):
+        pick_device("cuda:2")
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:

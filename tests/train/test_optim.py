@@ -118,3 +118,9 @@ def test_clipping_by_hand(limit: float, scale: float) -> None:
     assert clip_gradients(task, limit).item() == pytest.approx(5.0)  # a 3-4-5 triangle over two tensors
     found = (hidden.weight.grad[0, 0].item(), hidden.bias.grad[1].item())  # type: ignore[index]
     assert found == pytest.approx((3.0 * scale, 4.0 * scale), rel=1e-5)
+
+
+def test_constant_then_a_straight_line() -> None:
+    config = TrainConfig(steps=10, warmup=2, lr=1.0, min_lr=0.2, schedule="constant_decay", decay_steps=4)
+    rates = [learning_rate(step, config) for step in range(1, 11)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])

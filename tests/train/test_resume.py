@@ -16,9 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.train import launch
 from tests.train.toy import ToyData, toy_recipe, toy_task
+from vlmoe.config import read_sealed, write_sealed
 from vlmoe.train import checkpoint
 from vlmoe.train.loop import train
-from vlmoe.train.runlog import METRICS, ROUTING, SKIPPED, RunError, machine, read_lines
+from vlmoe.train.runlog import EVENTS, METRICS, ROUTING, SKIPPED, RunError, machine, read_lines
 
 STEPS = 6
 
@@ -95,9 +96,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 def test_another_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_plots: None) -> None:
     assert launch.run(tmp_path, "forward 4") == -signal.SIGKILL
     path = tmp_path / "checkpoints" / "step-2" / "state.json"
-    state = json.loads(path.read_text())
+    state = read_sealed(path)
     state["machine"] = machine(torch.device("cpu")) | {"threads": 64}
-    path.write_text(json.dumps(state))
+    write_sealed(path, state)
     train(toy_recipe(tmp_path), toy_task(), ToyData(), tmp_path)
     said = capsys.readouterr().out
     assert f"not the machine of the checkpoint (threads 64 -> {torch.get_num_threads()})" in said
@@ -124,14 +125,48 @@ def test_killed_from_outside_at_no_chosen_moment(tmp_path: Path, uninterrupted: 
     assert trace(tmp_path) == uninterrupted[1]
 
 
-@pytest.mark.parametrize(("moment", "code"), [("sigterm 3", 143), ("group-sigint 3", 130), ("group-sigterm 3", 143)])
+@pytest.mark.parametrize(
+    ("moment", "code"),
+    [
+        ("sigterm 3", 143),
+        ("group-sigint 3", 130),
+        ("group-sigterm 3", 143),
+        ("group-sighup 3", 129),
+        ("group-sigusr1 3", 138),
+        ("updated 3", 143),
+    ],
+)
 def test_a_signal_finishes_the_step_and_saves(
     tmp_path: Path, uninterrupted: dict[int, dict[str, Any]], moment: str, code: int
 ) -> None:
-    assert launch.run(tmp_path, moment, workers=2 if "group" in moment else 0) == code
+    assert launch.run(tmp_path, moment, workers=0 if moment == "sigterm 3" else 2) == code
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [2, 3]
     assert launch.run(tmp_path, keep=2) == 0
     assert trace(tmp_path) == uninterrupted[1]
+
+
+def test_nothing_is_saved_after_an_exception_within_a_step(
+    tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]
+) -> None:
+    assert launch.run(tmp_path, "raise 3", workers=2) == 1
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == [2]
+    assert launch.run(tmp_path) == 0
+    assert trace(tmp_path) == uninterrupted[1]
+
+
+def test_what_was_ignored_stays_ignored(tmp_path: Path, uninterrupted: dict[int, dict[str, Any]]) -> None:
+    """As under nohup."""
+    assert launch.run(tmp_path, "ignored-sighup 3", workers=1) == 0
+    assert trace(tmp_path) == uninterrupted[1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_worker_is_replaced(tmp_path: Path, uninterrupted: dict[int, dict[str, Any]], accumulate: int) -> None:
+    assert launch.run(tmp_path, "worker 1", workers=1, accumulate=accumulate, steps=STEPS) == 0
+    assert trace(tmp_path) == uninterrupted[accumulate]
+    told = [e for e in read_lines(tmp_path / EVENTS) if e["event"] == "worker replaced"]
+    assert len(told) == 1
+    assert "killed by SIGKILL" in told[0]["cause"]
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ ours.
 """
 
 from vlmoe.config.finetune import TASKS, CaptionConfig, FilesConfig, FinetuneRecipe, TaskDataConfig
+from vlmoe.config.json_reading import json_lines, parse_json, read_json
+from vlmoe.config.parsing import home, read_yaml
 from vlmoe.config.reading import (
     flat,
     from_mapping,
@@ -14,6 +16,7 @@ from vlmoe.config.reading import (
     load_finetune,
     load_recipe,
     override,
+    override_value,
     recipe_names,
     to_mapping,
     to_yaml,
@@ -39,9 +42,11 @@ from vlmoe.config.schema import (
     WorldConfig,
     sparse_blocks,
 )
+from vlmoe.config.sealed import AlteredError, check_files, describe, read_sealed, write_sealed
 
 __all__ = [
     "TASKS",
+    "AlteredError",
     "BatchConfig",
     "CaptionConfig",
     "DataConfig",
@@ -63,16 +68,26 @@ __all__ = [
     "UserError",
     "VisualTokenizerConfig",
     "WorldConfig",
+    "check_files",
+    "describe",
     "flat",
     "from_mapping",
+    "home",
     "init_of",
+    "json_lines",
     "known_keys",
     "load_finetune",
     "load_recipe",
     "override",
+    "override_value",
+    "parse_json",
+    "read_json",
+    "read_sealed",
+    "read_yaml",
     "recipe_names",
     "sparse_blocks",
     "to_mapping",
     "to_yaml",
     "with_later_keys",
+    "write_sealed",
 ]

@@ -14,12 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vlmoe.config import finetune, schema
 from vlmoe.config.finetune import TASKS, FinetuneRecipe
-from vlmoe.config.schema import Recipe, RecipeError
+from vlmoe.config.parsing import home, read_yaml, refuse_interpolation
+from vlmoe.config.schema import Recipe, RecipeError, UserError
 from vlmoe.config.validation import validate
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
 GROUPS = vars(schema) | vars(finetune)  # name -> dataclass of every group of keys
-BEFORE = {"init": "", "train.patch_lr": 1.0}  # what recipes did that were written before these keys were there
+PATHS = ("dir", "init", "path", "file", "annotations", "images")  # names of the keys that hold a path
+# what recipes did that were written before these keys were there
+BEFORE = {"init": "", "train.patch_lr": 1.0, "train.schedule": "cosine", "train.decay_steps": 0}
 
 
 def recipe_names(folder: str = "") -> list[str]:
@@ -41,6 +44,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
 
 def override(recipe: dict[str, Any], overrides: Sequence[str], origin: str) -> Recipe:
     """A recipe of plain nested dicts with `key=value` overrides. origin: what errors call it."""
+    refuse_interpolation(recipe, origin, RecipeError)
     given = OmegaConf.create(recipe)
     _override(given, list(overrides))
     return from_mapping(OmegaConf.to_container(given), origin=origin)  # type: ignore[arg-type]
@@ -61,6 +65,7 @@ def load_finetune(
         close = difflib.get_close_matches(task, TASKS, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise RecipeError(f"no task '{task}': {hint}tasks are {', '.join(TASKS)}")
+    refuse_interpolation({"init": init}, f"recipe {recipe}", RecipeError)
     given, name = _given(recipe, "finetune")
     by_task = given.pop("tasks", None)
     if by_task is not None:
@@ -99,10 +104,7 @@ def _merge(below: Any, above: Any) -> DictConfig:
 def _given(recipe: str, folder: str) -> tuple[DictConfig, str]:
     """A recipe as written, and its name."""
     text, name = _read(recipe, folder)
-    try:
-        given = OmegaConf.create(text)
-    except Exception as error:  # the YAML parser's own errors carry line and column
-        raise RecipeError(f"recipe {recipe}: not valid YAML: {error}") from None
+    given = read_yaml(text, f"recipe {recipe}", RecipeError)
     if not isinstance(given, DictConfig):
         raise RecipeError(f"recipe {recipe}: expected a mapping of keys at the top, got {type(given).__name__}")
     return given, name
@@ -110,13 +112,22 @@ def _given(recipe: str, folder: str) -> tuple[DictConfig, str]:
 
 def _override(given: DictConfig, overrides: list[str] | None) -> None:
     for word in overrides or []:
-        key, sep, value = word.partition("=")
+        key, sep, _ = word.partition("=")
         if not sep or not key:
             raise RecipeError(f"override '{word}': expected key=value, for example train.steps=100")
+        read = override_value(word, RecipeError)
         try:
-            OmegaConf.update(given, key, OmegaConf.create(f"v: {value}").v if value else "", merge=True)
+            OmegaConf.update(given, key, read, merge=True)
         except Exception as error:
             raise RecipeError(f"override '{word}': {_first_line(error)}") from None
+
+
+def override_value(word: str, error: type[UserError]) -> Any:
+    """What `key=value` sets the key to, read as YAML. Raises `error`."""
+    value = word.partition("=")[2]
+    if "${" in word:
+        refuse_interpolation(word, "override", error, word.partition("=")[0])
+    return read_yaml(f"v: {value}", f"override '{word}'", error).v if value else ""
 
 
 def from_mapping(
@@ -125,7 +136,9 @@ def from_mapping(
     name: str = "",
     schema: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
 ) -> AnyRecipe:
-    """Build a recipe from plain nested dicts (YAML or JSON), as strictly as `load_recipe`."""
+    """Build a recipe from plain nested dicts (YAML or JSON), as strictly as `load_recipe`. Paths that begin with ~ are
+    those of the home folder."""
+    refuse_interpolation(given, origin, RecipeError)
     _check_keys(given, schema, "", origin)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), given)
@@ -134,8 +147,26 @@ def from_mapping(
         raise RecipeError(f"{origin}: {_explain(error, given, schema)}") from None
     recipe.name = recipe.name or name
     recipe.run.dir = recipe.run.dir or f"runs/{recipe.name or 'run'}"
+    _go_home(recipe, origin)
     validate(recipe, origin)
     return recipe
+
+
+def _go_home(group: Any, origin: str, prefix: str = "") -> None:
+    """Put the home folder for ~ in every path of a group of keys, in place."""
+    for f in fields(group):
+        value, key = getattr(group, f.name), f"{prefix}{f.name}"
+        if is_dataclass(value):
+            _go_home(value, origin, f"{key}.")
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                if is_dataclass(item):
+                    _go_home(item, origin, f"{key}[{i}].")
+        elif f.name in PATHS and isinstance(value, str):
+            try:
+                setattr(group, f.name, home(value))
+            except UserError as error:
+                raise RecipeError(f"{origin}: key '{key}': {error}") from None
 
 
 def to_mapping(recipe: Recipe | FinetuneRecipe) -> dict[str, Any]:
@@ -166,7 +197,7 @@ def _read(recipe: str, folder: str) -> tuple[str, str]:
     packaged = resources.files("vlmoe.recipes") / folder / f"{recipe}.yaml"
     if "/" not in recipe and packaged.is_file():
         return packaged.read_text(encoding="utf-8"), recipe
-    path = Path(recipe)
+    path = Path(home(recipe))
     if path.is_dir() and (path / "recipe.yaml").is_file():  # a run's folder stands for the recipe it was made with
         path = path / "recipe.yaml"
     if path.suffix in {".yaml", ".yml"} or path.is_file():

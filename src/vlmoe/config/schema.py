@@ -180,6 +180,8 @@ class TrainConfig:
     patch_lr: float | None = None  # factor on lr for the projection of patches; null: width over inputs, at most 1
     min_lr: float = 1e-5
     warmup: int = 100  # steps
+    schedule: str = "cosine"  # down to min_lr; or constant_decay: constant, then a straight line
+    decay_steps: int = 0  # of constant_decay, the last ones of `steps`
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
@@ -222,6 +224,16 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the run sees any text, alone or in pairs."""
+        return bool(self.data.batch.text or self.data.batch.pair)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the run sees any image, alone or in pairs."""
+        return bool(self.data.batch.image or self.data.batch.pair)
 
 
 def sparse_blocks(pattern: str, depth: int) -> frozenset[int]:

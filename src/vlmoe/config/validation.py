@@ -18,6 +18,7 @@ def validate(recipe: Recipe | FinetuneRecipe, origin: str = "recipe") -> None:
         if not ok:
             raise RecipeError(f"{origin}: key '{key}' got {value!r}, wanted {wanted}")
 
+    need(0 <= recipe.seed < 1 << 63, "seed", recipe.seed, "a whole number from 0 to below 2**63")
     _model(recipe.model, need)
     _train(recipe.train, need)
     if isinstance(recipe, FinetuneRecipe):
@@ -132,6 +133,10 @@ def _train(t: TrainConfig, need: Need) -> None:
     need(t.patch_lr is None or t.patch_lr > 0, "train.patch_lr", t.patch_lr, wanted)
     for f in ("min_lr", "warmup", "clip", "weight_decay"):
         need(getattr(t, f) >= 0, f"train.{f}", getattr(t, f), "a number not below 0")
+    need(t.schedule in {"cosine", "constant_decay"}, "train.schedule", t.schedule, "cosine or constant_decay")
+    room = max(0, t.steps - t.warmup)
+    need(t.schedule == "cosine" or 0 < t.decay_steps <= room, "train.decay_steps", t.decay_steps,
+         f"1 to the steps after the warm-up ({room})")  # fmt: skip
     for f in ("beta1", "beta2"):
         need(0 <= getattr(t, f) < 1, f"train.{f}", getattr(t, f), "a number from 0 to below 1")
     g = t.guard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from vlmoe.config import UserError
+from vlmoe.data.accounts import short
 from vlmoe.data.files import FileOptions, FileSource
 from vlmoe.data.sample import KINDS, BadSample
 from vlmoe.data.sources import open_files
+from vlmoe.data.walk import walk_files
 
 FIRST_ERRORS = 20
 
@@ -34,10 +38,14 @@ def check_data(
     path: shards (brace or glob pattern), a folder, or parquet. type: shards, folder or parquet; auto tells by the path.
     Every image is decoded in full (`image_size` only bounds the work of resizing).
 
+    Every file and every member is accounted for: each is part of a sample, good or skipped, or ignored with a reason.
+
     Returns a report fit for JSON: `samples`, `good`, `errors` (how many), `reasons` (reason -> count),
     `first_errors` ([{key, reason}], the first 20), `duplicate_keys` (how many keys occur again, counted as errors too),
     `first_duplicates`, `characters` and `words` (quantiles of caption lengths), `same_captions` (share of captions that
-    occurred before), `files`.
+    occurred before), `files` (how many there are), `ignored_files` (how many of them are no part of a sample),
+    `ignored_files_reasons` (reason -> {count, example}), `members`, `ignored_members` and `ignored_members_reasons` (of
+    shards, likewise), `blank_lines` (of text files).
 
     Raises UserError when the data cannot be opened at all.
     """
@@ -70,15 +78,24 @@ def check_data(
             same += digest in captions
             captions.add(digest)
     duplicates = _duplicates(source)
+    account = source.account()
     bad = sum(reasons.values())
+    if not len(source):
+        reasons["no sample in it"] += 1
     return {
-        "path": path,
+        "path": short(os.fsencode(path)),
         "type": type,
         "kind": kind,
-        "files": len(getattr(source, "paths", [])) or len(source),
+        "files": account.files,
+        "ignored_files": account.ignored_files.total,
+        "ignored_files_reasons": account.ignored_files.as_dict(),
+        "members": account.members,
+        "ignored_members": account.ignored_members.total,
+        "ignored_members_reasons": account.ignored_members.as_dict(),
+        "blank_lines": account.ignored_lines,
         "samples": len(source),
         "good": len(source) - bad,
-        "errors": bad + len(duplicates),
+        "errors": bad + len(duplicates) + (not len(source)),
         "reasons": dict(reasons.most_common()),
         "first_errors": first,
         "duplicate_keys": len(duplicates),
@@ -91,16 +108,16 @@ def check_data(
 
 def tell_type(path: str) -> str:
     """shards, folder or parquet, by the path and what lies in it."""
-    if path.endswith(".parquet"):
-        return "parquet"
-    if ".tar" in Path(path).name:
-        return "shards"
-    folder = Path(path)
-    if folder.is_dir():
-        if any(folder.glob("*.tar")):
+    if Path(path).is_dir():
+        suffixes = {name.rpartition(".")[2].lower() for name in walk_files(path).files}
+        if "tar" in suffixes:
             return "shards"
-        return "parquet" if any(folder.rglob("*.parquet")) else "folder"
-    if folder.is_file() and folder.suffix == ".txt":
+        return "parquet" if "parquet" in suffixes else "folder"
+    if path.lower().endswith(".parquet"):
+        return "parquet"
+    if ".tar" in Path(path).name.lower():
+        return "shards"
+    if Path(path).is_file() and Path(path).suffix.lower() == ".txt":
         return "folder"
     raise UserError(f"{path}: no such folder, and neither .tar nor .parquet: say what it is with --type")
 
@@ -131,13 +148,18 @@ def _quantiles(lengths: list[int]) -> dict[str, float]:
 def print_check(report: dict[str, Any], console: Console | None = None) -> None:
     """A report of `check_data` as tables."""
     console = console or Console()
-    summary = Table(title=f"{report['path']} ({report['type']}, {report['kind']})", title_justify="left")
+    summary = Table(title=Text(f"{report['path']} ({report['type']}, {report['kind']})"), title_justify="left")
     summary.add_column("what")
     summary.add_column("count", justify="right")
-    for name in ("files", "samples", "good", "errors", "duplicate_keys"):
+    for name in ("files", "ignored_files", "members", "ignored_members", "blank_lines"):
+        if report[name] or name == "files":
+            summary.add_row(name.replace("_", " "), f"{report[name]:,}")
+        for reason, found in report.get(f"{name}_reasons", {}).items():
+            summary.add_row(Text(f"  {reason}, for one {found['example']}"), f"{found['count']:,}")
+    for name in ("samples", "good", "errors", "duplicate_keys"):
         summary.add_row(name.replace("_", " "), f"{report[name]:,}")
     for reason, count in report["reasons"].items():
-        summary.add_row(f"  {reason}", f"{count:,}")
+        summary.add_row(Text(f"  {reason}"), f"{count:,}")
     console.print(summary)
     if report["words"]:
         lengths = Table(title="Caption lengths", title_justify="left")

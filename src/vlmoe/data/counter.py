@@ -17,7 +17,7 @@ _ROUNDS = 6
 def hash64(*parts: int | str) -> int:
     """64 well-mixed bits of a sequence of numbers and words; the same on every machine and Python version."""
     text = "/".join(f"{type(part).__name__[0]}{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
 
 
 def stream(key: int, counter: int) -> np.random.Generator:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmoe.config import DataConfig, ModelConfig, SourceConfig
+from vlmoe.config import DataConfig, ModelConfig, SourceConfig, UserError, parse_json
+from vlmoe.data.accounts import Account
 from vlmoe.data.counter import hash64
 from vlmoe.data.images import decode_image
 from vlmoe.data.sample import BadSample, Sample, Span
@@ -68,6 +68,10 @@ class FileSource(ABC):
     def read(self, row: int, image: bool) -> Parts:
         """The raw parts of an entry, the image only if asked for. Raises BadSample."""
 
+    @abstractmethod
+    def account(self) -> Account:
+        """What there is, and what of it is no part of a sample."""
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -109,6 +113,8 @@ class Parts:
 def choose_caption(captions: Any, key: str, number: int) -> str:
     """One of an entry's captions: number modulo their count. Raises BadSample when there is none or it is no text."""
     if isinstance(captions, (list, tuple, np.ndarray)):
+        if any(isinstance(c, dict) for c in captions):
+            raise BadSample(key, "caption is a conversation (a list of objects): expected a text or a list of texts")
         usable = [c for c in captions if not isinstance(c, str) or c.strip()]
         captions = usable[number % len(usable)] if usable else ""
     if captions is None:
@@ -118,6 +124,8 @@ def choose_caption(captions: Any, key: str, number: int) -> str:
     text = " ".join(captions[:MAX_TEXT_BYTES].split())
     if not text:
         raise BadSample(key, "empty caption")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise BadSample(key, "half of a surrogate pair in the caption")
     return text
 
 
@@ -133,9 +141,9 @@ def decode_text(raw: bytes, key: str) -> str:
 def decode_json(raw: bytes, key: str) -> dict[str, Any]:
     """A JSON object. Raises BadSample."""
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(key, f"broken JSON: {error}") from None
+        value = parse_json(raw, "broken JSON")
+    except UserError as error:
+        raise BadSample(key, str(error)) from None
     if not isinstance(value, dict):
         raise BadSample(key, f"JSON is a {type(value).__name__}, expected an object")
     return value

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlmoe.config import UserError
+from vlmoe.data.accounts import Account, Ignored, account_of_files, no_picture, short
 from vlmoe.data.counter import hash64
 from vlmoe.data.files import (
     MAX_TEXT_BYTES,
@@ -23,9 +25,11 @@ from vlmoe.data.files import (
     split_rows,
 )
 from vlmoe.data.images import SUFFIXES
+from vlmoe.data.packed import Packed
 from vlmoe.data.sample import BadSample
+from vlmoe.data.tables import Tables
+from vlmoe.data.walk import Walk, walk_files
 
-TABLES = ("captions.jsonl", "metadata.jsonl")
 _CHUNK = 1 << 24
 
 
@@ -37,11 +41,12 @@ def _folder(path: str) -> Path:
 
 
 class ImageFolder(FileSource):
-    """Images below a folder, in the order of their names; for pairs with captions.
+    """Images below a folder, links followed (see `walk`); for pairs with captions.
 
-    Captions come from captions.jsonl or metadata.jsonl in the folder (lines with "file_name" and `text_column`; only
-    the images listed there are samples), or else from the file beside each image: NAME.txt, whose text is one caption,
-    or NAME.json with `text_column`. A caption may be a list of texts. Codes: NAME.codes.npy beside the image.
+    Captions come from a table (see `tables`) in the image's folder or the nearest above that has one; then only the
+    images listed there are samples. Where there is none, from the file beside each image: NAME.txt, whose text is one
+    caption, or NAME.json with `text_column`. A caption may be a list of texts. Codes: NAME.codes.npy beside the image.
+    Samples stand in the order of the tables, then of the other images' names.
 
     Raises UserError when the folder does not exist, holds no images, or a table has a broken line.
     """
@@ -49,74 +54,79 @@ class ImageFolder(FileSource):
     def __init__(self, options: FileOptions) -> None:
         super().__init__(options)
         self.folder = _folder(options.path)
-        table = next((self.folder / name for name in TABLES if (self.folder / name).is_file()), None)
-        self.captions: dict[str, Any] | None = None
-        if table is not None and self.kind == "pair":
-            self.captions = _read_table(table, options.text_column)
-            self.names = list(self.captions)
-        else:
-            self.names = sorted(_image_names(self.folder))
-        if not self.names:
+        walk = walk_files(self.folder)
+        tables = Tables(self.folder, walk.files, options.text_column) if self.kind == "pair" else None
+        listed = tables.captions if tables is not None else {}
+        there = len(walk.files) + walk.ignored.total
+        names, other = _sort_out(walk, listed, tables)
+        self.names = Packed.of(map(os.fsencode, [*listed, *sorted(names)]))
+        self.listed = len(listed)
+        self.captions = Packed.of(json.dumps(caption).encode() for caption in listed.values())
+        self._account = Account(there, other)
+        if not len(self.names):
             raise UserError(f"folder {options.path}: no images ({', '.join(SUFFIXES)}) below it")
-        hashes = np.array([hash64("entry", name) for name in self.names], dtype=np.uint64)
-        self.rows = split_rows(hashes, options.split)
+        hashes = (hash64("entry", name) for name in map(os.fsdecode, self.names))
+        self.rows = split_rows(np.fromiter(hashes, dtype=np.uint64, count=len(self.names)), options.split)
+
+    def account(self) -> Account:
+        return self._account
 
     def key(self, row: int) -> str:
-        return self.names[row]
+        return short(self.names[row])
 
     def read(self, row: int, image: bool) -> Parts:
-        path, key = self.folder / self.names[row], self.names[row]
+        path, key = self.folder / os.fsdecode(self.names[row]), self.key(row)
         parts = Parts(image=_bytes(path, key) if image else None)
         if self.kind != "image":
-            parts.captions = self.captions[key] if self.captions is not None else self._beside(path, key)
-        if image and self.options.patches and path.with_suffix(".codes.npy").is_file():
-            parts.codes = decode_codes(_bytes(path.with_suffix(".codes.npy"), key), key)
+            parts.captions = json.loads(self.captions[row]) if row < self.listed else self._beside(path, key)
+        codes = path.with_suffix(".codes.npy")
+        if image and self.options.patches and codes.is_file():
+            parts.codes = decode_codes(_bytes(codes, key), key)
         return parts
 
     def _beside(self, path: Path, key: str) -> Any:
-        if path.with_suffix(".txt").is_file():
-            return decode_text(_bytes(path.with_suffix(".txt"), key), key)
-        if path.with_suffix(".json").is_file():
-            return decode_json(_bytes(path.with_suffix(".json"), key), key).get(self.options.text_column)
-        raise BadSample(key, f"no caption: expected {path.stem}.txt or {path.stem}.json beside it")
+        for suffix in (".txt", ".TXT"):
+            if path.with_suffix(suffix).is_file():
+                return decode_text(_bytes(path.with_suffix(suffix), key), key)
+        for suffix in (".json", ".JSON"):
+            if path.with_suffix(suffix).is_file():
+                return decode_json(_bytes(path.with_suffix(suffix), key), key).get(self.options.text_column)
+        stem = short(os.fsencode(path.stem))
+        raise BadSample(key, f"no caption: expected {stem}.txt or {stem}.json beside it")
 
 
-def _image_names(folder: Path) -> list[str]:
-    names = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for file in files:
-            if not file.startswith(".") and file.rpartition(".")[2].lower() in SUFFIXES:
-                names.append((Path(root) / file).relative_to(folder).as_posix())
-    return names
-
-
-def _read_table(path: Path, text_column: str) -> dict[str, Any]:
-    captions: dict[str, Any] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
+def _sort_out(walk: Walk, listed: Mapping[str, Any], tables: Tables | None) -> tuple[list[str], Ignored]:
+    """Images that no table is in charge of, and the files that are no part of a sample."""
+    names: list[str] = []
+    beside: list[str] = []
+    other = walk.ignored
+    for name in walk.files:
+        suffix = name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
+        if suffix not in SUFFIXES:
+            beside.append(name)
+        elif tables is not None and tables.above(name) is not None:
+            if name not in listed:
+                other.add("an image that the table does not list", os.fsencode(name))
+        else:
+            names.append(name)
+    used = {name.rpartition(".")[0] for name in (*names, *listed)}
+    for name in beside:
+        stem, _, suffix = name.rpartition(".")
+        part = suffix.lower() in {"txt", "json"} or name.lower().endswith(".codes.npy")
+        if tables is not None and name in tables.files:
             continue
-        try:
-            entry = json.loads(line)
-            name = entry["file_name"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}, line {number}: expected a JSON object with "file_name"') from None
-        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{path}, line {number}: file_name {name!r} is not a path below the folder")
-        old, new = captions.get(name), entry.get(text_column)
-        captions[name] = new if old is None else [*_listed(old), *_listed(new)]  # listed twice: both captions count
-    return captions
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+        if not part:
+            other.add(no_picture(os.fsencode(suffix if "/" not in suffix and stem else "")), os.fsencode(name))
+        elif (stem if suffix.lower() != "npy" else stem.rpartition(".")[0]) not in used:
+            other.add(f".{suffix.lower()}: no image beside it", os.fsencode(name))
+    return names, other
 
 
 def _bytes(path: Path, key: str) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise BadSample(key, f"cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL in a name
+        raise BadSample(key, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 class TextLines(FileSource):
@@ -132,23 +142,31 @@ class TextLines(FileSource):
         if root.is_file():
             self.paths = [root]
         else:
-            self.paths = sorted(p for p in _folder(options.path).rglob("*.txt") if p.is_file())
+            folder = _folder(options.path)
+            self.paths = sorted(folder / name for name in walk_files(folder).files if name.lower().endswith(".txt"))
         lines = [_line_places(path) for path in self.paths]
-        self.offsets = np.concatenate([*(starts for starts, _ in lines), np.zeros(0, dtype=np.int64)])
-        self.numbers = np.concatenate([*(numbers for _, numbers in lines), np.zeros(0, dtype=np.int32)])
-        self.starts = np.cumsum([0, *(len(starts) for starts, _ in lines)])
+        self.offsets = np.concatenate([*(starts for starts, _, _ in lines), np.zeros(0, dtype=np.int64)])
+        self.numbers = np.concatenate([*(numbers for _, numbers, _ in lines), np.zeros(0, dtype=np.int32)])
+        self.starts = np.cumsum([0, *(len(starts) for starts, _, _ in lines)])
         if not len(self.offsets):
             raise UserError(f"folder {options.path}: no .txt file with text below it")
         self.base = root.parent if root.is_file() else root
         names = [path.relative_to(self.base).as_posix() for path in self.paths]
-        hashes = [hash_entries(name, len(starts)) for name, (starts, _) in zip(names, lines, strict=True)]
+        self.blank = sum(blank for _, _, blank in lines)
+        hashes = [hash_entries(name, len(starts)) for name, (starts, _, _) in zip(names, lines, strict=True)]
         self.rows = split_rows(np.concatenate(hashes), options.split)
 
     def _path(self, row: int) -> Path:
         return self.paths[int(np.searchsorted(self.starts, row, side="right")) - 1]
 
     def key(self, row: int) -> str:
-        return f"{self._path(row).relative_to(self.base).as_posix()}:{self.numbers[row]}"
+        name = os.fsencode(self._path(row).relative_to(self.base).as_posix())
+        return f"{short(name)}:{self.numbers[row]}"
+
+    def account(self) -> Account:
+        found = account_of_files(self.options.path, self.paths, ".txt")
+        found.ignored_lines = self.blank
+        return found
 
     def read(self, row: int, image: bool) -> Parts:
         key = self.key(row)
@@ -161,8 +179,8 @@ class TextLines(FileSource):
         return Parts(captions=decode_text(raw, key))
 
 
-def _line_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Offset (int64) and number from 1 (int32) of every line that holds more than its end."""
+def _line_places(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """Offset (int64) and number from 1 (int32) of every line that holds more than its end, and how many do not."""
     ends = [np.full(1, -1, dtype=np.int64)]
     feed_only = 1  # bytes from one line's end to the next when there is nothing between them
     with path.open("rb") as file:
@@ -173,4 +191,5 @@ def _line_places(path: Path) -> tuple[np.ndarray, np.ndarray]:
         ends.append(np.array([file.tell()], dtype=np.int64))
     every = np.concatenate(ends)
     kept = np.flatnonzero(np.diff(every) > feed_only)
-    return every[kept] + 1, (kept + 1).astype(np.int32)
+    lines = len(every) - 1 - bool(every[-1] == every[-2] + 1)  # what follows the last line's end is no line
+    return every[kept] + 1, (kept + 1).astype(np.int32), lines - len(kept)

@@ -16,8 +16,15 @@ from PIL import Image
 
 from vlmoe.data.sample import BadSample
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # of JPEG files with several pictures (MPO) the first is read
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+# Formats of pictures; of them those that this Pillow reads count. Its others are documents, data, or drawings that
+# another program renders. Of JPEG files with several pictures (MPO) the first is read.
+_PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "HEIF", "JXL")
+Image.init()
+FORMATS = tuple(f for f in _PICTURES if f in Image.OPEN)
+_USUAL = ("jpg", "jpeg", "png", "webp", "gif")
+SUFFIXES = (*_USUAL, *sorted({e[1:] for e, f in Image.registered_extensions().items() if f in FORMATS} - {*_USUAL}))
+OTHER_PICTURES = {"heic", "heif", "jxl", "svg", "psd", "eps", "ico", "pcx", "dds", "exr", "hdr", "cr2", "nef", "dng",
+                  "jp2", "avif", "qoi", "tga", "raw", "arw"} - {*SUFFIXES}  # fmt: skip
 _ORIENTATION = 0x0112
 _TURNS = {  # EXIF orientation -> what puts it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -24,9 +24,12 @@ from vlmoe.data.sample import KINDS
 from vlmoe.data.skipped import BadBudget
 from vlmoe.data.sources import build_sources
 from vlmoe.data.text_tokenizer import TextTokenizer
+from vlmoe.data.workers import WorkerLostError, items_of, ready_worker
 
 __all__ = ["BadBudget", "Step", "StepData", "held_out", "held_out_size", "make_loader"]
 
+Lost = Callable[[int, str], None]
+LOST_AT_MOST, LOST_WITHIN = 5, 100  # workers, micro-batches: more is no accident
 HELD_OUT_SEED = 0  # the same held-out samples and masks for every run, whatever its seed
 
 
@@ -93,18 +96,36 @@ class _Guarded(Dataset[object]):
 class StepLoader:
     """Iterates over steps; see `make_loader`. Stopping early, by `break` or an exception, ends the workers."""
 
-    def __init__(self, loader: DataLoader[object]) -> None:
-        self.loader = loader
+    def __init__(self, open_at: Callable[[int], DataLoader[object]], start: int, stop: int, lost: Lost) -> None:
+        self.open_at, self.start, self.stop, self.lost = open_at, start, stop, lost
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.stop - self.start
 
     def __iter__(self) -> Iterator[Step]:
-        for item in self.loader:
-            if isinstance(item, UserError):
-                raise item
-            assert isinstance(item, Step)
-            yield item
+        n = self.start
+        losses: list[int] = []  # at which step
+        while n < self.stop:
+            try:
+                for item in items_of(self.open_at(n)):
+                    if isinstance(item, UserError):
+                        raise item
+                    assert isinstance(item, Step)
+                    n += 1
+                    yield item
+            except WorkerLostError as error:
+                losses = [*(m for m in losses if m > n - LOST_WITHIN), n]
+                if len(losses) > LOST_AT_MOST:
+                    raise UserError(
+                        f"data workers died {len(losses)} times within {LOST_WITHIN} micro-batches, the last one "
+                        f"{error}, at micro-batch {n}: set data.workers or the batch lower if memory is short; "
+                        "data.workers=0 shows what else it is"
+                    ) from None
+                self.lost(n, str(error))
+
+
+def _say_lost(micro_step: int, cause: str) -> None:
+    print(f"a data worker was {cause}, at micro-batch {micro_step}; it is replaced", file=sys.stderr)
 
 
 def make_loader(
@@ -114,29 +135,29 @@ def make_loader(
     workers: int = 0,
     device: torch.device | str = "cpu",
     context: str | None = None,
+    lost: Lost = _say_lost,
 ) -> StepLoader:
     """Steps `start` to `stop` - 1 of a dataset, prepared ahead by `workers` processes (0: in this one).
 
     Memory is pinned when `device` is a CUDA device. context: fork, spawn or forkserver; None is Python's default.
-    Workers ignore Ctrl-C: the signal reaches the whole process group, and the main process ends them in good order.
+    Workers ignore the signals that end a run, see `vlmoe.data.workers`. One that dies is replaced, and `lost` is called
+    with the micro-batch and the cause; after `LOST_AT_MOST` of them within `LOST_WITHIN` micro-batches the next one is
+    a UserError.
     """
-    return StepLoader(
-        DataLoader(
+
+    def open_at(n: int) -> DataLoader[object]:
+        return DataLoader(
             _Guarded(dataset),
             batch_size=None,
-            sampler=range(start, max(start, stop)),
+            sampler=range(n, stop),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.device(device).type == "cuda",
-            worker_init_fn=_init_worker if workers else None,
+            worker_init_fn=ready_worker if workers else None,
             multiprocessing_context=context if workers else None,
         )
-    )
 
-
-def _init_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    return StepLoader(open_at, start, max(start, stop), lost)
 
 
 def held_out(

@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmoe.config import UserError
+from vlmoe.data.accounts import Account, account_of_files, shown_below
 from vlmoe.data.counter import hash64, shuffled
 from vlmoe.data.files import FileOptions, FileSource, Parts, hash_entries, split_rows
 from vlmoe.data.sample import BadSample
+from vlmoe.data.walk import walk_files
 
 WINDOW_BYTES = 1 << 28  # of decoded row groups kept in memory, in each worker; one group is kept whatever its size
 
@@ -28,9 +30,9 @@ WINDOW_BYTES = 1 << 28  # of decoded row groups kept in memory, in each worker; 
 def expand_parquet(pattern: str) -> list[Path]:
     """Files of a path, glob pattern or folder. Raises UserError when there are none."""
     if os.path.isdir(pattern):
-        found = sorted(Path(pattern).rglob("*.parquet"))
+        found = sorted(Path(pattern) / f for f in walk_files(pattern).files if f.lower().endswith(".parquet"))
     elif glob.has_magic(pattern) and not os.path.exists(pattern):
-        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
     else:
         found = [Path(pattern)] if os.path.isfile(pattern) else []
     if not found:
@@ -55,6 +57,7 @@ class ParquetSource(FileSource):
             self.columns["image"] = options.image_column
             if options.patches:
                 self.columns["codes"] = "codes"
+        self.shown = shown_below(self.paths)
         groups: list[tuple[int, int, int, int]] = []  # file, group in it, rows, bytes
         hashes = [np.zeros(0, dtype=np.uint64)]
         for number, path in enumerate(self.paths):
@@ -94,7 +97,10 @@ class ParquetSource(FileSource):
         group, _ = self._locate(row)
         file = int(self.groups[group, 0])
         first = int(self.starts[np.searchsorted(self.groups[:, 0], file)])
-        return f"{self.paths[file].name}:{row - first}"
+        return f"{self.shown[file]}:{row - first}"
+
+    def account(self) -> Account:
+        return account_of_files(self.options.path, self.paths, ".parquet")
 
     def read(self, row: int, image: bool) -> Parts:
         group, place = self._locate(row)
@@ -109,7 +115,8 @@ class ParquetSource(FileSource):
         if isinstance(raw, dict):
             raw = raw.get("bytes")
         if raw is not None and not isinstance(raw, bytes):
-            raise BadSample(key, f"image is {type(raw).__name__}, expected bytes or a struct with bytes")
+            many = "; of several images make a row for each" if isinstance(raw, list) else ""
+            raise BadSample(key, f"image is {type(raw).__name__}, expected bytes or a struct with bytes{many}")
         return Parts(raw, values.get("text"), values.get("codes"))
 
     def _table(self, group: int, image: bool) -> pa.Table:

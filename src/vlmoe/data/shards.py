@@ -2,25 +2,25 @@
 
 A shard's headers are read once and give each member's place; after that a sample is a few reads at known offsets. So
 samples can be taken in any order, which streaming a tar file cannot give. The index of a large shard is kept in the
-user's cache folder, under a name made of path, size and time of change.
-
-Members that belong together share the name up to its first dot: 000017.jpg, 000017.txt, 000017.json, 000017.codes.npy.
+user's cache folder, under a name made of path, size and time of change. Which members make a sample: see `members`.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
-import tarfile
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import braceexpand
 import numpy as np
 
-from vlmoe.config import UserError
+from vlmoe.config import UserError, parse_json
+from vlmoe.data.accounts import Account, Ignored, account_of_files, short, shown_below
 from vlmoe.data.files import (
     FileOptions,
     FileSource,
@@ -31,39 +31,49 @@ from vlmoe.data.files import (
     hash_entries,
     split_rows,
 )
-from vlmoe.data.images import SUFFIXES
+from vlmoe.data.members import PARTS, Named, entries_of, name_of
+from vlmoe.data.packed import Numbers, Packed, Packer
 from vlmoe.data.sample import BadSample
+from vlmoe.data.tar import DamagedTar, Member, read_members
+from vlmoe.data.walk import walk_files
 
-PARTS = ("image", "txt", "json", "codes")  # columns of an index
+FORMAT = "2"  # of a cached index
 MAX_PART_BYTES = 1 << 28  # no image, text or array of a sample is larger
 _CACHED_FROM = 1 << 24  # bytes; smaller shards are scanned in no time
-_BLOCK = 512  # of the tar format
 
 
 @dataclass
 class ShardIndex:
     """Where the samples of a shard are.
 
-    keys: bytes (n,). places: int64 (n, 4, 2), offset and size of each of PARTS, size -1 where there is none.
-    damage: why the rest of the file cannot be read, "" for a whole shard.
+    keys: (n,). places: int64 (n, 4, 2), offset and size of each of PARTS, size -1 where there is none.
+    damage: why the rest of the file cannot be read, "" for a whole shard. members: how many there are; ignored: those
+    of them that are no part of a sample.
     """
 
-    keys: np.ndarray
+    keys: Packed
     places: np.ndarray
     damage: str
+    members: int = 0
+    ignored: Ignored = field(default_factory=Ignored)
 
 
 def expand_shards(pattern: str) -> list[Path]:
-    """Shard files of a pattern with braces (train-{000..017}.tar) and wildcards, or of a folder, in order.
+    """Shard files of a pattern with braces (train-{000..017}.tar) and wildcards (** for any folders), or of a folder
+    and those below it, in order.
 
     Raises UserError when a named file does not exist, nothing matches, or a file is compressed.
     """
     found: list[Path] = []
-    for name in braceexpand.braceexpand(pattern, escape=False):
+    try:
+        names = braceexpand.braceexpand(pattern, escape=False)
+    except ValueError as error:  # of a pattern with unbalanced braces
+        raise UserError(f"shards {pattern}: {error}") from None
+    for name in names:
         if os.path.isdir(name):
-            name = os.path.join(glob.escape(name), "*.tar")
-        if glob.has_magic(name) and not os.path.exists(name):
-            found += [Path(p) for p in sorted(glob.glob(name))]
+            found += [Path(name) / f for f in sorted(walk_files(name).files) if f.lower().endswith(".tar")]
+        elif glob.has_magic(name) and not os.path.exists(name):
+            found += [Path(p) for p in sorted(glob.glob(name, recursive=True)) if os.path.isfile(p)]
         elif os.path.isfile(name):
             found.append(Path(name))
         else:
@@ -71,8 +81,11 @@ def expand_shards(pattern: str) -> list[Path]:
     if not found:
         raise UserError(f"shards {pattern}: no file matches")
     for path in found:
-        with path.open("rb") as file:
-            magic = file.read(4)
+        try:
+            with path.open("rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise UserError(f"shard {path}: cannot be read: {error.strerror or error}") from None
         if magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd" or magic[:3] == b"BZh":
             raise UserError(f"shard {path}: compressed; random access needs a plain .tar file")
     return list(dict.fromkeys(found))
@@ -83,18 +96,24 @@ def index_shard(path: Path) -> ShardIndex:
     stat = path.stat()
     if stat.st_size < _CACHED_FROM:
         return scan_shard(path)
-    identity = f"1/{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
-    cached = _cache_folder() / (hashlib.blake2b(identity.encode(), digest_size=16).hexdigest() + ".npz")
+    identity = f"{FORMAT}/{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
+    digest = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    cached = _cache_folder() / f"{digest}.npz"
     try:
         with np.load(cached, allow_pickle=False) as file:
-            return ShardIndex(file["keys"], file["places"], str(file["damage"]))
+            about = parse_json(file["about"].tobytes(), str(cached))
+            keys = Packed(file["keys"], file["ends"])
+            return ShardIndex(keys, file["places"], about["damage"], about["members"], Ignored.of(about["ignored"]))
     except Exception:  # missing or damaged: it is only a cache
         index = scan_shard(path)
+    about = {"damage": index.damage, "members": index.members, "ignored": index.ignored.as_dict()}
+    text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".tmp", delete=False) as file:
-            np.savez(file, keys=index.keys, places=index.places, damage=np.array(index.damage))
-        os.replace(file.name, cached)
+        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, keys=index.keys.buffer, ends=index.keys.ends, places=index.places, about=text)
+        os.replace(temporary, cached)
     except OSError:  # a read-only home costs time at the next start, nothing else
         pass
     return index
@@ -104,62 +123,60 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmoe" / "shards"
 
 
+class _Scan:
+    """Members of a shard, counted, with those left out that cannot be part of a sample."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.members, self.ignored = path, 0, Ignored()
+        self.damage = ""
+        self.cut: Named | None = None  # the member that is not whole
+
+    def __iter__(self) -> Iterator[tuple[Named, Member]]:
+        try:
+            for member in read_members(self.path):
+                self.members += 1
+                if member.kind != "file":
+                    self.ignored.add(f"a {member.kind}, no file", member.name)
+                    continue
+                named = name_of(member.name)
+                if isinstance(named, str):
+                    self.ignored.add(named, member.name)
+                else:
+                    yield named, member
+        except DamagedTar as error:
+            self.damage = str(error)
+            named = name_of(error.member) if error.member else ""
+            self.cut = None if isinstance(named, str) else named
+
+
 def scan_shard(path: Path) -> ShardIndex:
     """Find every sample of a shard by its headers. Whole samples before a damaged place are kept."""
-    size = path.stat().st_size
-    keys: list[bytes] = []
-    places: list[list[tuple[int, int]]] = []
-    damage = ""
-    cut = None  # key of the member that is not whole
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                key, part = _split_name(member.name)
-                if member.offset_data + member.size > size:
-                    cut = key
-                    raise tarfile.ReadError("unexpected end of data")
-                if not member.isreg() or member.issparse() or part is None:
-                    continue
-                if not keys or keys[-1] != key:
-                    keys.append(key)
-                    places.append([(0, -1)] * len(PARTS))
-                if places[-1][PARTS.index(part)][1] < 0:
-                    places[-1][PARTS.index(part)] = (member.offset_data, member.size)
-            end = tar.offset
-        with path.open("rb") as file:
-            file.seek(end)
-            if file.read(_BLOCK) != bytes(_BLOCK):  # where tarfile stops, a whole archive has a block of zeros
-                damage = "no end-of-archive mark"
-    except tarfile.TarError as error:
-        damage = str(error) or type(error).__name__
-    if damage and keys and keys[-1] == cut:
-        keys, places = keys[:-1], places[:-1]
+    scan, keys, places = _Scan(path), Packer(), Numbers()
+    last: bytes | None = None
+    for _, group in groupby(scan, key=lambda pair: pair[0].key):
+        members = list(group)
+        if scan.cut is not None and scan.cut.key == members[0][0].key:  # the file ends within this sample
+            for _, member in members:
+                scan.ignored.add("part of a sample that is cut off", member.name)
+            break
+        for key, parts in entries_of(members, scan.ignored):
+            keys.add(key)
+            last = key
+            for part in PARTS:
+                places.add(*((parts[part].offset, parts[part].size) if part in parts else (0, -1)))
+    damage = scan.damage
     if damage:
-        last = f"the last good key is {keys[-1].decode(errors='replace')}" if keys else "nothing in it can be read"
-        damage = f"truncated or damaged shard ({damage}); {last}"
-    array = np.array(places, dtype=np.int64).reshape(len(keys), len(PARTS), 2)
-    return ShardIndex(np.array(keys, dtype=bytes), array, damage)
-
-
-def _split_name(name: str) -> tuple[bytes, str | None]:
-    """A member's key, which ends at the first dot of its file name, and which of PARTS it is (None: none of ours)."""
-    folder, _, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    key = f"{folder}/{stem}" if folder else stem
-    suffix = suffix.lower()
-    if suffix in SUFFIXES:
-        part: str | None = "image"
-    else:
-        part = {"txt": "txt", "json": "json", "codes.npy": "codes"}.get(suffix)
-    return key.encode(errors="surrogateescape"), part if stem else None
+        where = f"the last good key is {short(last)}" if last is not None else "nothing in it can be read"
+        damage = f"truncated or damaged shard ({damage}); {where}"
+    return ShardIndex(keys.packed(), places.array().reshape(-1, len(PARTS), 2), damage, scan.members, scan.ignored)
 
 
 class ShardSource(FileSource):
     """Samples of WebDataset shards.
 
-    Image: jpg, jpeg, png, webp or gif. Caption: the .txt member, else `text_column` of the .json member (a text or a
-    list of texts). Codes: the codes.npy member. A damaged shard gives its whole samples and one bad one that says so.
+    Image: a member of a format that Pillow reads. Caption: the .txt member, else `text_column` of the .json member (a
+    text or a list of texts). Codes: the codes.npy member. A damaged shard gives its whole samples and one bad one that
+    says so.
     """
 
     def __init__(self, options: FileOptions) -> None:
@@ -168,6 +185,7 @@ class ShardSource(FileSource):
         self.indexes = [index_shard(path) for path in self.paths]
         counts = [len(index.keys) + bool(index.damage) for index in self.indexes]
         self.starts = np.cumsum([0, *counts])
+        self.shown = shown_below(self.paths)
         hashes = [hash_entries(path.name, count) for path, count in zip(self.paths, counts, strict=True)]
         self.rows = split_rows(np.concatenate(hashes), options.split)
 
@@ -178,9 +196,8 @@ class ShardSource(FileSource):
 
     def key(self, row: int) -> str:
         shard, entry = self.locate(row)
-        keys = self.indexes[shard].keys
-        name = self.paths[shard].name
-        return f"{name}/{keys[entry].decode(errors='replace')}" if entry < len(keys) else name
+        keys, name = self.indexes[shard].keys, self.shown[shard]
+        return f"{name}/{short(keys[entry])}" if entry < len(keys) else name
 
     def read(self, row: int, image: bool) -> Parts:
         shard, entry = self.locate(row)
@@ -210,6 +227,16 @@ class ShardSource(FileSource):
             raise BadSample(key, f"{part} of {size} bytes, more than {MAX_PART_BYTES}")
         try:
             with self.paths[shard].open("rb", buffering=0) as file:
-                return os.pread(file.fileno(), size, offset)
+                raw = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise BadSample(key, f"cannot be read: {error}") from None
+            raise BadSample(key, f"cannot be read: {error.strerror or error}") from None
+        if len(raw) < size:
+            raise BadSample(key, f"{part} cut off: the shard has become shorter")
+        return raw
+
+    def account(self) -> Account:
+        found = account_of_files(self.options.path, self.paths, ".tar")
+        found.members = sum(index.members for index in self.indexes)
+        for name, index in zip(self.shown, self.indexes, strict=True):
+            found.ignored_members.merge(index.ignored, name)
+        return found

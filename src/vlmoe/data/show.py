@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import textwrap
 from pathlib import Path
@@ -39,6 +40,9 @@ def show_data(
     """
     if kind not in KINDS:
         raise UserError(f"kind '{kind}': expected image, text or pair")
+    if kind != "image" and not recipe.reads_texts:  # of a run that has none in its batches: its sources' own
+        recipe = copy.deepcopy(recipe)
+        setattr(recipe.data.batch, kind, 1)
     tokenizer = tokenizer or build_text_tokenizer(recipe)
     training = split == "train"
     seed = recipe.seed if training else HELD_OUT_SEED

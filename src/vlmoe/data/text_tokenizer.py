@@ -1,6 +1,7 @@
 """Text tokens: one small interface over three kinds of tokenizer.
 
-- `corpus`: WordPiece trained on the run's own texts, lower-cased, split at white space and punctuation.
+- `corpus`: WordPiece trained on the run's own texts, lower-cased, split at white space and punctuation, and around
+  every letter of a script without blanks between words.
 - `hf`: any Hugging Face tokenizer.json. Special tokens are found by their usual names; missing ones are added.
 - `sentencepiece`: a .model or .spm file, with ids laid out as in XLM-RoBERTa, which is how BEiT-3 uses beit3.spm:
   <s>=0, <pad>=1, </s>=2, <unk>=3, then the pieces, shifted by one, then <mask> (64,001 for beit3.spm's 64,000 pieces;
@@ -9,8 +10,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from vlmoe.config import Recipe, UserError
+from vlmoe.config import AlteredError, Recipe, UserError, check_files, read_sealed, write_sealed
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import BadSample
 from vlmoe.data.sources import build_sources, read_text
@@ -35,6 +36,13 @@ NAMES = {  # of special tokens, most usual first
     "mask": ("[MASK]", "<mask>", "<|mask|>"),
     "unk": ("[UNK]", "<unk>", "<|unk|>"),
 }
+
+# Letters of scripts written without blanks, each with the marks on it: words of their own to the `corpus` tokenizer, as
+# BERT has it for Chinese. In one piece a sentence would be one unknown word.
+_SCRIPTS = ("Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Javanese",
+            "Tai_Tham", "New_Tai_Lue", "Tai_Le", "Yi")  # fmt: skip
+_APART = "[" + "".join(rf"\p{{{name}}}" for name in _SCRIPTS) + r"ー]\p{M}*"
+LONGEST_WORD = 100  # characters: what WordPiece looks at; a longer word is cut into pieces of so many
 
 Encoded = tuple[list[int], list[tuple[int, int]]]
 
@@ -78,9 +86,13 @@ class TextTokenizer(ABC):
         self._write(temporary)
         os.replace(temporary, folder / FILES[self.type])
         special = {name: getattr(self, f"{name}_id") for name in NAMES}
-        temporary = folder / (DESCRIPTION + ".tmp")
-        temporary.write_text(json.dumps({"type": self.type, "size": self.size, "special": special}, indent=1))
-        os.replace(temporary, folder / DESCRIPTION)
+        about = {"type": self.type, "size": self.size, "special": special}
+        write_sealed(folder / DESCRIPTION, about, [FILES[self.type]])
+
+    @property
+    def knows_words(self) -> bool:
+        """Not so of the tokenizer of a run without texts."""
+        return self.size > len(NAMES)
 
     def check_fits(self, vocabulary: int, what: str) -> None:
         """Raises UserError when the model's embedding has too few rows."""
@@ -178,14 +190,18 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int) -> HFTokenizer:
     texts = list(texts)
     tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    apart = pre_tokenizers.Split(tokenizers.Regex(_APART), "isolated")
+    pieces = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), apart, pieces])
     tokenizer.decoder = decoders.WordPiece()
     special = [names[0] for names in NAMES.values()]
     letters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})
     if not letters:
         raise UserError("the corpus tokenizer needs texts, and the sources gave none")
     # The trainer numbers characters inside words in the order of a hash map. Given beforehand they keep one order.
-    fixed = special + ["##" + c for c in letters]
+    apart = _letters_apart()
+    inside = [c for c in letters if unicodedata.category(c)[0] == "M" or len(apart.pre_tokenize_str("x" + c)) == 1]
+    fixed = special + ["##" + c for c in inside]
     if len(fixed) + len(letters) > vocabulary:
         raise UserError(
             f"model.vocabulary = {vocabulary} cannot hold the texts' {len(letters)} different characters: "
@@ -196,10 +212,21 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int) -> HFTokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     trained = tokenizer.get_vocab(with_added_tokens=True)
-    final = tokenizers.Tokenizer(models.WordPiece(trained, unk_token="[UNK]"))
-    final.normalizer, final.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    final.decoder = tokenizer.decoder
-    return HFTokenizer(final, type="corpus")
+    return HFTokenizer(_word_pieces(models.WordPiece(trained, unk_token="[UNK]")), type="corpus")
+
+
+def _word_pieces(model: models.WordPiece) -> tokenizers.Tokenizer:
+    """The `corpus` tokenizer's rules around a vocabulary."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    pieces = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), _letters_apart(), pieces])
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _letters_apart() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(tokenizers.Regex(_APART), "isolated")
 
 
 def read_tokenizer(type: str, path: str | Path) -> TextTokenizer:
@@ -224,11 +251,15 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
     """Read back what `save` wrote. Raises UserError naming the file that is missing, broken or does not fit."""
     path = Path(folder) / DESCRIPTION
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_sealed(path)
         type, special = about["type"], about["special"]
         file = Path(folder) / FILES[type]
+        if "files" in about:  # text.json of earlier versions listed none
+            check_files(path, about, [file.name])
     except FileNotFoundError:
         raise UserError(f"text tokenizer in {folder}: missing file {DESCRIPTION}") from None
+    except AlteredError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a text tokenizer's description ({error!r})") from None
     tokenizer = read_tokenizer(type, file)
@@ -239,11 +270,15 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
 
 
 def build_text_tokenizer(recipe: Recipe) -> TextTokenizer:
-    """The tokenizer a recipe asks for: read from its file, or trained on the texts the run will see first.
+    """The tokenizer a recipe asks for: read from its file, or trained on the texts the run will see first. A run
+    without texts gets one that knows special tokens alone.
 
     Raises UserError when the file is missing or broken, there are no texts, or it is larger than model.vocabulary.
     """
     config = recipe.data.text_tokenizer
+    if config.type == "corpus" and not recipe.reads_texts:
+        special = {names[0]: i for i, names in enumerate(NAMES.values())}
+        return HFTokenizer(_word_pieces(models.WordPiece(special, unk_token="[UNK]")), type="corpus")
     if config.type == "corpus":
         return train_wordpiece(corpus(recipe, config.samples), recipe.model.vocabulary)
     tokenizer = read_tokenizer(config.type, config.path)

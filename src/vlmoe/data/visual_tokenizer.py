@@ -4,28 +4,37 @@ One interface, `VisualTokenizer`, two kinds: `VQTokenizer`, a small vector-quant
 on the run's own images, and `StoredCodes`, which takes codes that another tokenizer (BEiT v2's, say) wrote beside each
 image.
 
-Shape suffixes: B batch · H, W pixels · P patches · G patches along a side · D width · Z codebook dimension · V codes.
+A code is a discrete thing: the smallest rounding that flips a near tie gives another target. So a `VQTokenizer` works
+in float32 whatever the caller's autocast, and its codebook is kept free of near ties.
+
+Shape suffixes: B batch · H, W pixels · P, N patches · G patches along a side · D width · Z codebook dimension ·
+V codes.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlmoe.config import ModelConfig, UserError, VisualTokenizerConfig
+from vlmoe.config import UserError, check_files, read_sealed, write_sealed
 from vlmoe.data.batch import Batch
+from vlmoe.data.tensors import save_tensors
 
-IDLE_AFTER = 20  # steps without use after which a code is moved onto a current patch
-DECAY = 0.98  # of the moving averages of the codebook
+IDLE_AFTER = 20  # steps without use after which a code is moved; so often codes are looked at
+APART = 0.05  # codes whose cosine is above 1 - APART are one too many
+DECAY = 0.98  # of the moving averages
+RIDGE = 1e-4  # of the mean variance, added to each direction's before whitening
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class VisualTokenizer(Protocol):
@@ -67,7 +76,7 @@ class StoredCodes:
 
 
 class _Mixer(nn.Module):
-    """A residual 3x3 convolution over the patch grid: neighbours inform a code without moving it off its patch."""
+    """A residual 3x3 convolution over the patch grid: neighbours inform the pixels of a patch."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,44 +89,107 @@ class _Mixer(nn.Module):
         return x + self.reduce(F.gelu(self.expand(self.depthwise(self.norm(x)))))
 
 
-class VQTokenizer(nn.Module):
-    """A vector-quantised autoencoder whose code grid is the model's patch grid.
+class _Perceptron(nn.Module):
+    """A residual layer on each patch alone."""
 
-    Encoder: patches -> linear -> one mixer -> unit vectors of `dim`. Quantiser: the nearest of `codes` vectors, learned
-    by moving averages (van den Oord et al. 2017, appendix A.1; cosine distance as in BEiT v2), idle codes moved onto
-    current patches (Dhariwal et al. 2020). Decoder: two mixers -> linear -> pixels.
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 2 * width)
+        self.reduce = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.reduce(F.gelu(self.expand(self.norm(x))))
+
+
+def _without_autocast(
+    method: Callable[Concatenate[VQTokenizer, P], R],
+) -> Callable[Concatenate[VQTokenizer, P], R]:
+    @functools.wraps(method)
+    def run(self: VQTokenizer, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast(self.codebook_VZ.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class VQTokenizer(nn.Module):
+    """A vector-quantised autoencoder whose code grid is the model's patch grid. Always float32.
+
+    Encoder: patches -> linear -> one perceptron -> whitened -> unit vectors of `dim`. It sees a patch alone, so equal
+    patches have equal codes, whatever is around them. Quantiser: the nearest of `codes` vectors, learned by moving
+    averages (van den Oord et al. 2017, appendix A.1; cosine distance as in BEiT v2). Decoder: two mixers -> linear ->
+    pixels.
+
+    Two things keep codes distinct. Whitening (Ermolov et al. 2021): without it the features keep to two or three of
+    their `dim` directions, as the decoder can stretch what little differs, and codes crowd there. And codes that are
+    idle (Dhariwal et al. 2020) or next to a busier one are moved to patches that are far from all codes.
     """
 
     codebook_VZ: Tensor
     count_V: Tensor
     sum_VZ: Tensor
     idle_V: Tensor
+    mean_Z: Tensor
+    covariance_ZZ: Tensor
+    whitener_ZZ: Tensor
+    steps: Tensor
 
     def __init__(self, image_size: int, patch: int, codes: int, dim: int, width: int) -> None:
         super().__init__()
         self.image_size, self.patch, self.codes, self.dim, self.width = image_size, patch, codes, dim, width
         pixels = 3 * patch * patch
-        self.encoder_in = nn.Conv2d(3, width, patch, stride=patch)
-        self.encoder = nn.Sequential(_Mixer(width), nn.Conv2d(width, dim, 1))
+        self.encoder = nn.Sequential(nn.Linear(pixels, width), _Perceptron(width), nn.Linear(width, dim))
         self.decoder = nn.Sequential(nn.Conv2d(dim, width, 1), _Mixer(width), _Mixer(width), nn.GroupNorm(1, width))
         self.decoder_out = nn.Conv2d(width, pixels, 1)
         self.register_buffer("codebook_VZ", F.normalize(torch.randn(codes, dim), dim=-1))
         self.register_buffer("count_V", torch.ones(codes))
         self.register_buffer("sum_VZ", self.codebook_VZ.clone())
         self.register_buffer("idle_V", torch.zeros(codes))
+        self.register_buffer("mean_Z", torch.zeros(dim))
+        self.register_buffer("covariance_ZZ", torch.eye(dim))
+        self.register_buffer("whitener_ZZ", torch.eye(dim))
+        self.register_buffer("steps", torch.zeros(()))
+        self.float()
 
-    def features(self, image_BCHW: Tensor) -> Tensor:
-        """uint8 images -> unit vectors (B, P, Z)."""
-        x = self.encoder(self.encoder_in(image_BCHW.float() / 127.5 - 1.0))
-        return F.normalize(x.flatten(2).transpose(1, 2), dim=-1)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VQTokenizer:
+        """What `to`, `half`, `bfloat16` and the like go through: it is moved, but stays float32."""
 
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == torch.float32 else t.to(moved.device, torch.float32)
+
+        return super()._apply(move, recurse)
+
+    @_without_autocast
+    def features(self, image_BCHW: Tensor, learn: bool = False) -> Tensor:
+        """uint8 images -> unit vectors (B, P, Z). learn: whitened by this batch's moments, and the averages move."""
+        patches_BPC = F.pixel_unshuffle(image_BCHW.float() / 127.5 - 1.0, self.patch).flatten(2).transpose(1, 2)
+        x_BPZ = self.encoder(patches_BPC)
+        mean_Z, whitener_ZZ = self._batch_moments(x_BPZ.flatten(0, 1)) if learn else (self.mean_Z, self.whitener_ZZ)
+        return F.normalize((x_BPZ - mean_Z) @ whitener_ZZ.T, dim=-1, eps=1e-3)
+
+    def _batch_moments(self, x_NZ: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and whitening matrix of these features, with gradient. The averages, used later, move towards them."""
+        mean_Z = x_NZ.mean(dim=0)
+        covariance_ZZ = (x_NZ - mean_Z).T @ (x_NZ - mean_Z) / len(x_NZ)
+        with torch.no_grad():
+            self.steps += 1
+            share = (1 / self.steps).clamp_min(1 - DECAY)  # the plain mean until DECAY's window is full
+            self.mean_Z.lerp_(mean_Z, share)
+            self.covariance_ZZ.lerp_(covariance_ZZ, share)
+            self.whitener_ZZ.copy_(_whitener(self.covariance_ZZ))
+        return mean_Z, _whitener(covariance_ZZ)
+
+    @_without_autocast
     def nearest(self, z_BPZ: Tensor) -> Tensor:
-        return (z_BPZ @ self.codebook_VZ.T).argmax(dim=-1)
+        return (z_BPZ.float() @ self.codebook_VZ.T).argmax(dim=-1)
 
+    @_without_autocast
     def pixels(self, z_BPZ: Tensor) -> Tensor:
         """Code vectors (B, P, Z) -> images in [-1, 1]."""
         G = self.image_size // self.patch
-        x = self.decoder_out(self.decoder(z_BPZ.transpose(1, 2).unflatten(2, (G, G))))
+        x = self.decoder_out(self.decoder(z_BPZ.float().transpose(1, 2).unflatten(2, (G, G))))
         return F.pixel_shuffle(x, self.patch)
 
     @torch.no_grad()
@@ -130,10 +202,11 @@ class VQTokenizer(nn.Module):
         image = self.pixels(F.embedding(codes_BP, self.codebook_VZ))
         return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
+    @_without_autocast
     def loss(self, image_BCHW: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Reconstruction plus commitment, and the codes used (B, P); in training mode the codebook moves along."""
         target = image_BCHW.float() / 127.5 - 1.0
-        z_BPZ = self.features(image_BCHW)
+        z_BPZ = self.features(image_BCHW, learn=self.training)
         codes_BP = self.nearest(z_BPZ)
         q_BPZ = F.embedding(codes_BP, self.codebook_VZ)
         straight = z_BPZ + (q_BPZ - z_BPZ).detach()
@@ -148,36 +221,62 @@ class VQTokenizer(nn.Module):
         total_VZ = torch.zeros_like(self.sum_VZ).index_add_(0, codes_N, z_NZ)
         self.count_V.mul_(DECAY).add_(used_V, alpha=1 - DECAY)
         self.sum_VZ.mul_(DECAY).add_(total_VZ, alpha=1 - DECAY)
-        self.codebook_VZ.copy_(F.normalize(self.sum_VZ / self.count_V.clamp_min(1e-5)[:, None], dim=-1))
+        self.codebook_VZ.copy_(F.normalize(self.sum_VZ, dim=-1))
         self.idle_V.add_(1).masked_fill_(used_V > 0, 0)
-        idle = (self.idle_V >= IDLE_AFTER).nonzero().flatten()
-        if idle.numel():
-            pick = torch.randint(z_NZ.shape[0], (idle.numel(),), generator=generator).to(z_NZ.device)
-            self.codebook_VZ[idle] = z_NZ[pick]
-            self.sum_VZ[idle] = z_NZ[pick]
-            self.count_V[idle] = 1.0
-            self.idle_V[idle] = 0
+        if int(self.steps) % IDLE_AFTER == 0:
+            self._scatter(z_NZ.cpu(), generator)
+
+    def _scatter(self, z_NZ: Tensor, generator: torch.Generator) -> None:
+        """Move codes that are idle or next to a busier one onto patches far from every code, drawn in proportion to the
+        squared distance (k-means++, Arthur and Vassilvitskii 2007). Where no patch is far, there is nothing for a code
+        to stand for: it points anywhere, out of the way."""
+        idle_V = self.idle_V >= IDLE_AFTER
+        busiest_first_V = self.count_V.masked_fill(idle_V, 0).argsort(descending=True, stable=True)
+        codes_VZ = self.codebook_VZ[busiest_first_V].cpu()
+        moving_V = ((codes_VZ @ codes_VZ.T).tril(-1) > 1 - APART).any(dim=1) | idle_V[busiest_first_V].cpu()
+        nearest_N = (z_NZ @ codes_VZ[~moving_V].T).amax(dim=1)  # the busiest never moves, so there is one
+        for v in moving_V.nonzero().flatten().tolist():
+            far_N = (1 - nearest_N).where(nearest_N < 1 - APART, 0)
+            if far_N.any():
+                codes_VZ[v] = z_NZ[torch.multinomial(far_N, 1, generator=generator)]
+            else:
+                codes_VZ[v] = F.normalize(torch.randn(self.dim, generator=generator), dim=0)
+            nearest_N = torch.maximum(nearest_N, z_NZ @ codes_VZ[v])
+        moved_V, new_VZ = busiest_first_V[moving_V.to(busiest_first_V.device)], codes_VZ[moving_V].to(self.sum_VZ)
+        self.codebook_VZ[moved_V] = new_VZ
+        self.sum_VZ[moved_V] = new_VZ
+        self.count_V[moved_V] = 1.0
+        self.idle_V[moved_V] = 0
 
     def save(self, folder: Path) -> None:
         """Write visual.safetensors and visual.json into `folder`; each appears whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         shape = {k: getattr(self, k) for k in ("image_size", "patch", "codes", "dim", "width")}
         temporary = folder / "visual.safetensors.tmp"
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
+        save_tensors({k: v.contiguous() for k, v in self.state_dict().items()}, temporary)
         os.replace(temporary, folder / "visual.safetensors")
-        temporary = folder / "visual.json.tmp"  # written last: its presence says that the tokenizer is complete
-        temporary.write_text(json.dumps(shape, indent=1))
-        os.replace(temporary, folder / "visual.json")
+        # written last: its presence says that the tokenizer is complete
+        write_sealed(folder / "visual.json", shape, ["visual.safetensors"])
 
     @classmethod
     def load(cls, folder: Path) -> VQTokenizer:
-        """Raises UserError naming the file when it is missing or does not fit."""
+        """Raises UserError naming the file when it is missing, altered or does not fit."""
         try:
             for name in ("visual.json", "visual.safetensors"):
                 if not (folder / name).is_file():
                     raise UserError(f"visual tokenizer in {folder}: missing file {name}")
-            tokenizer = cls(**json.loads((folder / "visual.json").read_text()))
-            tokenizer.load_state_dict(load_file(folder / "visual.safetensors"))
+            shape = read_sealed(folder / "visual.json")
+            if "files" in shape:  # visual.json of earlier versions listed none
+                check_files(folder / "visual.json", shape, ["visual.safetensors"])
+                del shape["files"]
+            tokenizer = cls(**shape)
+            state = load_file(folder / "visual.safetensors")
+            if state.keys() != tokenizer.state_dict().keys():
+                raise UserError(
+                    f"visual tokenizer in {folder}: visual.safetensors is of another kind, perhaps written by an "
+                    "earlier version, whose codes are not this version's: train it anew"
+                )
+            tokenizer.load_state_dict(state)
         except UserError:
             raise
         except Exception as error:
@@ -185,54 +284,9 @@ class VQTokenizer(nn.Module):
         return tokenizer.eval().requires_grad_(False)
 
 
-def code_use(codes: Tensor, size: int) -> dict[str, float]:
-    """How well a codebook is used: `used`, the share of codes that occur, and `perplexity`, the effective number."""
-    share = torch.bincount(codes.flatten().cpu(), minlength=size).double()
-    share = share / share.sum()
-    entropy = -(share * share.clamp_min(1e-12).log()).sum()
-    return {"used": float((share > 0).double().mean()), "perplexity": float(entropy.exp())}
-
-
-def train_vq(
-    config: VisualTokenizerConfig,
-    model: ModelConfig,
-    images: Iterator[Tensor],
-    held_out: Tensor,
-    seed: int,
-    device: torch.device,
-    progress: Callable[[int, float], None] = lambda step, loss: None,
-) -> tuple[VQTokenizer, dict[str, float]]:
-    """Train a tokenizer on batches of uint8 images (B, 3, H, W).
-
-    Returns it frozen, with its report on `held_out`: mean squared error against the variance of the pixels
-    (`unexplained`), share of codes in use and perplexity.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = VQTokenizer(model.image_size, model.patch, model.codes, config.dim, config.width)
-    tokenizer.to(device).train()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    warmup = max(1, config.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    )
-    for step in range(config.steps):
-        loss, _ = tokenizer.loss(next(images).to(device), generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 19 or step + 1 == config.steps:
-            progress(step + 1, loss.item())
-    tokenizer.eval().requires_grad_(False)
-    return tokenizer, tokenizer_report(tokenizer, held_out.to(device))
-
-
-@torch.no_grad()
-def tokenizer_report(tokenizer: VQTokenizer, image_BCHW: Tensor) -> dict[str, float]:
-    """Held-out quality of a tokenizer; see `train_vq`."""
-    target = image_BCHW.float() / 127.5 - 1.0
-    codes_BP = tokenizer.nearest(tokenizer.features(image_BCHW))
-    error = F.mse_loss(tokenizer.pixels(F.embedding(codes_BP, tokenizer.codebook_VZ)), target)
-    return {"unexplained": float(error / target.var()), **code_use(codes_BP, tokenizer.codes)}
+def _whitener(covariance_ZZ: Tensor) -> Tensor:
+    """W with W C W' = I, by Cholesky's decomposition; the ridge keeps features without variance from becoming inf."""
+    eye_ZZ = torch.eye(len(covariance_ZZ), device=covariance_ZZ.device)
+    ridge = RIDGE * covariance_ZZ.diagonal().mean() + 1e-8
+    lower_ZZ, _ = torch.linalg.cholesky_ex(covariance_ZZ + ridge * eye_ZZ)  # without waiting for the device
+    return torch.linalg.solve_triangular(lower_ZZ, eye_ZZ, upper=False)

@@ -12,6 +12,7 @@ import torch
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.evaluate.masked import fill_in
+from vlmoe.tasks.finite import first_choice
 from vlmoe.tasks.pretrain import MaskedDataModelling
 
 HIDDEN = "____"
@@ -51,7 +52,7 @@ def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch,
     was_training = model.training
     model.eval()
     seen_BT, blind_BT = fill_in(model, batch, "seen"), fill_in(model, batch, "blind")
-    guess_BP = model.image_head(model.run(batch).features("vision")[:, 1:]).argmax(dim=-1)
+    guess_BP = first_choice(model.image_head(model.run(batch).features("vision")[:, 1:]), "patches' predictions")
     model.train(was_training)
     assert model.visual_tokenizer is not None
     restored = model.visual_tokenizer.decode(guess_BP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from rich.table import Table
 from vlmoe.config import UserError
 from vlmoe.data.downstream.loader import EvalData, count_of, open_split, splits_of
 from vlmoe.metrics import Score
+from vlmoe.model.device import pick_device
 from vlmoe.tasks.answer import Answered, answer_all
 from vlmoe.tasks.export import Finetuned, load_finetuned
+from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.registry import collate_of
 
 SCORES = "eval.json"
@@ -39,11 +42,10 @@ def evaluate_task(
     most; None: the recipe's. The numbers do not depend on `batch` and `workers`, unless experts have a capacity in
     evaluation.
 
-    Raises UserError: another task, no such split, unusable files.
+    Raises UserError: another task, no such split, unusable files, answers of nan or infinity.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = load_finetuned(run, task, device)
+    where = pick_device(device, "--device")
+    trained = load_finetuned(run, task, where)
     recipe = trained.recipe
     known = splits_of(recipe)
     for split in splits or ():
@@ -55,7 +57,7 @@ def evaluate_task(
         for split in splits or known:
             row = bar.add_task(f"{recipe.task} {split}", total=None)
             report["splits"][split] = _evaluate_split(
-                trained, split, torch.device(device), samples, batch or recipe.eval.batch,
+                trained, split, where, samples, batch or recipe.eval.batch,
                 recipe.data.workers if workers is None else workers,
                 lambda done, total, row=row: bar.update(row, completed=done, total=total),
             )  # fmt: skip
@@ -72,16 +74,23 @@ def _evaluate_split(
     examples = open_split(recipe, split, trained.labels or None)
     count = min(len(examples), samples or count_of(recipe, examples, split))
     collate = collate_of(recipe, trained.labels, trained.text_tokenizer)
-    seen = answer_all(model, EvalData(examples, collate, count, batch), device, workers, lambda done: tick(done, count))
+    data = EvalData(examples, collate, count, batch)
+    try:
+        seen = answer_all(model, data, device, workers, lambda done: tick(done, count))
+        swapped = None
+        if model.swaps and recipe.data.blind == "none" and count > 1:
+            swapped = answer_all(model, replace(data, swapped=model.swaps), device, workers)
+    except NotFinite as error:
+        raise UserError(f"split {split}: {error}") from None
     report: dict[str, Any] = {
         "examples": len(seen.examples),
+        "counts": model.counts(seen.examples),
         "skipped": [{"key": key, "reason": reason} for key, reason in seen.skipped],
         "scores": _plain(seen.scores(model)),
         "guess": _plain(model.guess(seen.examples)),
     }
-    if model.swaps and recipe.data.blind == "none" and count > 1:
-        other = answer_all(model, EvalData(examples, collate, count, batch, model.swaps), device, workers)
-        report["swapped"] = {"part": model.swaps, "scores": _plain(other.scores(model))}
+    if swapped is not None:
+        report["swapped"] = {"part": model.swaps, "scores": _plain(swapped.scores(model))}
     factors = sorted({name for e in seen.examples for name in e.factors})
     report["by"] = {name: _by(seen, trained, name) for name in factors}
     return report
@@ -137,6 +146,9 @@ def print_task_report(report: dict[str, Any], run: Path, console: Console | None
             part.add_row(value, str(score["n"]) if score else "-", shown(main, score), guess)
         console.print(part)
     for split, found in report["splits"].items():
+        if found.get("counts"):
+            said = ", ".join(f"{n:,} {what}" for what, n in found["counts"].items())
+            console.print(f"{split}: {said}", highlight=False, markup=False)
         if found["skipped"]:
             bad = found["skipped"][0]
             console.print(

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmoe.config import UserError
 from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.tasks.finite import NotFinite, first_choice
 from vlmoe.tasks.pretrain import MaskedDataModelling, summarise_routing
 
 VIEWS = ("seen", "blind", "swapped")
@@ -77,12 +79,12 @@ def view_of(batch: Batch, view: str, other_BCHW: Tensor | None = None) -> Batch:
 
 @torch.no_grad()
 def fill_in(model: MaskedDataModelling, batch: Batch, view: str = "seen", other_BCHW: Tensor | None = None) -> Tensor:
-    """text_BT with every hidden token replaced by the model's first choice; images are shown whole."""
+    """text_BT with every hidden token replaced by the first choice; images are shown whole. Raises NotFinite."""
     assert batch.text_BT is not None and batch.target_BT is not None
     hidden_BT = batch.target_BT != IGNORE
     x_MD = model.run(view_of(batch, view, other_BCHW), hide_patches=False).features("text")[hidden_BT]
     filled_BT = batch.text_BT.clone()
-    filled_BT[hidden_BT] = model.text_logits(x_MD).argmax(dim=-1)
+    filled_BT[hidden_BT] = first_choice(model.text_logits(x_MD), "hidden words' predictions")
     return filled_BT
 
 
@@ -110,6 +112,22 @@ def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[st
             for word, views in sorted(classes.items())
         },
     }
+
+
+@torch.no_grad()
+def text_alone_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Accuracy on the hidden text of texts alone, beside the share of the most frequent token (the majority guess), and
+    the loss."""
+    tally, tokens, kept = Tally(), Counter[int](), list(batches)
+    for batch in kept:
+        assert batch.target_BT is not None
+        hidden_BT = batch.target_BT != IGNORE
+        right_BT = (fill_in(model, batch) == batch.target_BT) & hidden_BT
+        for right, asked in zip(right_BT.sum(1).tolist(), hidden_BT.sum(1).tolist(), strict=True):
+            tally.add(right, asked)
+        tokens.update(batch.target_BT[hidden_BT].tolist())
+    majority = max(tokens.values()) / sum(tokens.values())
+    return tally.summary() | {"majority": majority, "loss": losses(model, kept)["mlm"]}
 
 
 def words_right(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, float]:
@@ -141,13 +159,15 @@ def _counts(batch: Batch, right_BT: Tensor, hidden_BT: Tensor) -> Iterator[tuple
 
 @torch.no_grad()
 def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Accuracy on the codes of hidden patches, beside the share of the most frequent code (the majority guess)."""
+    """Accuracy on the codes of hidden patches, beside the share of the most frequent code (the majority guess). Raises
+    NotFinite."""
     tally, codes = Tally(), Counter[int]()
     assert model.visual_tokenizer is not None
     for batch in batches:
         assert batch.patch_mask_BP is not None
         target_BP = model.visual_tokenizer.encode(batch)
-        guess_BP = model.image_head(model.run(batch).features("vision")[:, 1:]).argmax(dim=-1)
+        logits_BPV = model.image_head(model.run(batch).features("vision")[:, 1:])
+        guess_BP = first_choice(logits_BPV, "patches' predictions")
         right_BP = (guess_BP == target_BP) & batch.patch_mask_BP
         for right, asked in zip(right_BP.sum(1).tolist(), batch.patch_mask_BP.sum(1).tolist(), strict=True):
             tally.add(right, asked)
@@ -194,6 +214,8 @@ def evaluate_masked(
 
     batches_of(split, kind): held-out batches on the model's device. The loss is that of pairs.
     Returns {"splits": {split: scores}, "experts": …}.
+
+    Raises UserError: predictions of a split are nan or infinite.
     """
     was_training = model.training
     model.eval()
@@ -209,8 +231,13 @@ def evaluate_masked(
                 scores["loss"] = losses(model, batches_of(split, "pair"))
             if "image" in kinds:
                 scores["image_alone"] = image_scores(model, batches_of(split, "image"))
+            if "text" in kinds:
+                scores["text_alone"] = text_alone_scores(model, batches_of(split, "text"))
             report[split] = scores
-        experts = expert_use(model, (batch for kind in kinds for batch in batches_of(splits[0], kind)))
+        looked = tuple(kind for kind in kinds if kind != "text") or kinds  # texts alone only where there is no image
+        experts = expert_use(model, (batch for kind in looked for batch in batches_of(splits[0], kind)))
+    except NotFinite as error:
+        raise UserError(f"split {split}: {error}") from None
     finally:
         model.train(was_training)
     return {"splits": report, "experts": experts}

@@ -16,17 +16,19 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlmoe.config import UserError
+from vlmoe.config import AlteredError, UserError
 from vlmoe.data.downstream.collate import Prepare
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.images import SUFFIXES, decode_image
 from vlmoe.data.sample import BadSample
+from vlmoe.data.tensors import load_sealed_tensors, save_sealed_tensors
+from vlmoe.model.device import pick_device
 from vlmoe.moe import MoELayer, RoutingStats
 from vlmoe.tasks.export import WEIGHTS, Finetuned, load_finetuned
+from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.registry import collate_of
 from vlmoe.tasks.retrieval import Retrieval
 
@@ -50,19 +52,19 @@ def predict(run: Path, task: str, images: Sequence[Path], texts: Sequence[str], 
     """{"task", "answers": best first, each with its "answer" and "probability" (of a search: "similarity"),
     "experts": "block/modality" -> share of the tokens that each expert took}.
 
-    Raises UserError: the run is of another task, too many or few images or texts, an image that cannot be read.
+    Raises UserError: the run is of another task, too many or few images or texts, an image that cannot be read,
+    an answer of nan or infinity.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = load_finetuned(run, task, device)
+    where = pick_device(device, "--device")
+    trained = load_finetuned(run, task, where)
     with record_load(trained.model) as load:
         if task == "retrieval":
-            answers = _search(trained, images, texts, torch.device(device), run)
+            answers = _search(trained, images, texts, where, run)
         else:
             wanted = NEEDS[task]
             if (len(images), len(texts)) != wanted:
                 raise UserError(f"{task} takes {WORDS[task]}; got {len(images)} --image and {len(texts)} --text")
-            answers = _answer(trained, images, texts, torch.device(device))
+            answers = _answer(trained, images, texts, where)
     return {"task": task, "answers": answers, "experts": load}
 
 
@@ -74,6 +76,8 @@ def _answer(trained: Finetuned, images: Sequence[Path], texts: Sequence[str], de
     collate = collate_of(trained.recipe, trained.labels, trained.text_tokenizer)
     batches = collate([example], [np.random.default_rng(0)], False)
     answer = trained.model.predict({kind: batch.to(device) for kind, batch in batches.items()})[0]
+    if not answer.finite:
+        raise NotFinite(1, 1, "answers")
     return trained.model.show(answer)
 
 
@@ -107,6 +111,8 @@ def _search(
     with torch.no_grad():
         text_MD = model.embed_texts(batch).cpu()
     similarity = (image_ND @ text_MD.T).flatten()
+    if broken := int((~similarity.isfinite()).sum()):
+        raise NotFinite(broken, len(similarity), "similarities")
     names = [str(p) for p in paths] if len(texts) == 1 else list(texts)
     best = similarity.argsort(descending=True, stable=True)[:TOP].tolist()
     probability = (model.log_scale.detach().exp().cpu() * similarity).softmax(dim=0)
@@ -133,9 +139,10 @@ def embed_images(
     name = hashlib.sha256(json.dumps([row[0] for row in state]).encode()).hexdigest()[:16]
     file = run / CACHE / f"{name}.safetensors"
     if file.is_file():
-        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as content:
-            if (content.metadata() or {}).get("digest") == digest:
-                return content.get_tensor("image_ND")
+        with contextlib.suppress(SafetensorError, OSError, AlteredError):
+            content, metadata = load_sealed_tensors(file)
+            if metadata.get("digest") == digest:
+                return content["image_ND"]
     prepare, parts = Prepare(trained.recipe.model, trained.text_tokenizer), []
     for start in range(0, len(paths), BATCH):
         chunk = paths[start : start + BATCH]
@@ -146,7 +153,7 @@ def embed_images(
     with contextlib.suppress(OSError):  # a run on a read-only disk still answers
         file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(".tmp")
-        save_file({"image_ND": image_ND}, temporary, metadata={"digest": digest})
+        save_sealed_tensors({"image_ND": image_ND}, temporary, {"digest": digest})
         temporary.replace(file)
     return image_ND
 

@@ -16,6 +16,7 @@ from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.sources import held_out_splits
 from vlmoe.evaluate.completions import Completion, complete, draw
 from vlmoe.evaluate.masked import evaluate_masked
+from vlmoe.model.device import pick_device
 from vlmoe.tasks.export import Pretrained, load_pretrained
 
 SCORES, PICTURE = "eval.json", "completions.png"
@@ -26,9 +27,8 @@ def evaluate_run(run: Path, device: str = "auto", samples: int | None = None) ->
 
     Writes eval.json and completions.png into the run's folder and returns the report.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = load_pretrained(run, device)
+    where = pick_device(device, "--device")
+    trained = load_pretrained(run, where)
     recipe = trained.recipe
     count = samples or recipe.eval.samples
 
@@ -37,13 +37,13 @@ def evaluate_run(run: Path, device: str = "auto", samples: int | None = None) ->
         for start in range(0, available, recipe.eval.batch):
             size = min(recipe.eval.batch, available - start)
             batch = held_out(recipe, trained.text_tokenizer, split, kind, start, size, factors=True)
-            yield batch.to(torch.device(device))
+            yield batch.to(where)
 
-    kinds = [kind for kind in ("pair", "image") if getattr(recipe.data.batch, kind)]
+    kinds = [kind for kind in ("pair", "image", "text") if getattr(recipe.data.batch, kind)]
     report = evaluate_masked(trained.model, batches_of, held_out_splits(recipe), kinds)
     report["samples_per_split"] = count  # at most: a split of files may hold fewer
     if "pair" in kinds and recipe.eval.pictures:
-        shown = _completions(trained, recipe.eval.pictures, torch.device(device))
+        shown = _completions(trained, recipe.eval.pictures, where)
         draw(shown, run / PICTURE)
         report["completions"] = [
             {"key": c.key} | {view: c.line(view) for view in ("shown", "truth", "seen", "blind")} for c in shown
@@ -65,7 +65,10 @@ def print_report(report: dict[str, Any], run: Path, console: Console | None = No
     pairs = any("text" in scores for scores in report["splits"].values())
     if pairs:
         console.print(_text_table(report))
-    console.print(_image_table(report))
+    if any("image" in scores or "image_alone" in scores for scores in report["splits"].values()):
+        console.print(_image_table(report))
+    if any("text_alone" in scores for scores in report["splits"].values()):
+        console.print(_text_alone_table(report))
     if pairs:
         first = next(iter(report["splits"].values()))["text"]
         if first["by_word_class"]:
@@ -117,6 +120,16 @@ def _image_table(report: dict[str, Any]) -> Table:
             _share(alone) if alone else "-",
             f"{100 * majority:.1f}" if majority is not None else "-",
         )
+    return table
+
+
+def _text_alone_table(report: dict[str, Any]) -> Table:
+    table = Table(title="Hidden text of texts alone, accuracy in % [95% interval]", title_justify="left")
+    for column in ("split", "accuracy", "most frequent token", "loss, nats"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, scores in report["splits"].items():
+        text = scores["text_alone"]
+        table.add_row(split, _share(text), f"{100 * text['majority']:.1f}", f"{text['loss']:.3f}")
     return table
 
 

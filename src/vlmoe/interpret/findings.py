@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vlmoe.config import ModalityConfig, UserError
+from vlmoe.config import ModalityConfig, UserError, read_json
 from vlmoe.data.downstream.loader import EvalData, count_of, open_split, splits_of
 from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.sources import held_out_splits
@@ -21,6 +18,7 @@ from vlmoe.interpret.gather import Progress, find, write
 from vlmoe.interpret.own import OwnSubject
 from vlmoe.interpret.recording import Recording, diff
 from vlmoe.model import sizes
+from vlmoe.model.device import pick_device
 from vlmoe.tasks.downstream import Classifier
 from vlmoe.tasks.export import Finetuned, Pretrained, load
 from vlmoe.tasks.registry import collate_of
@@ -44,9 +42,7 @@ def find_run(
 
     Raises UserError: no such run or split, or a model without routers that choose.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = load(run, device)
+    trained = load(run, pick_device(device, "--device"))
     subject = OwnSubject(trained)
     if not subject.sites:
         raise UserError(f"{run}: {' '.join(subject.notes) or 'a dense model: no layer has a router'}")
@@ -137,7 +133,7 @@ def _router(side: ModalityConfig) -> str:
 def _scores(path: Path) -> dict[str, Any]:
     """The main scores of the last evaluation, where there was one."""
     try:
-        splits = json.loads(path.read_text())["splits"]
+        splits = read_json(path, nan=True)["splits"]
         name, first = next(iter(splits.items()))
         if "scores" in first:
             return {f"{name}: {key}": round(score["value"], 4) for key, score in first["scores"].items()}
@@ -147,7 +143,7 @@ def _scores(path: Path) -> dict[str, Any]:
         if "image" in first:
             found[f"{name}: codes of hidden patches"] = round(first["image"]["accuracy"], 4)
         return found
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except (OSError, UserError, ValueError, KeyError, TypeError, StopIteration):
         return {}
 
 

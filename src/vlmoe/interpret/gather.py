@@ -100,7 +100,10 @@ def _looked_at(
         by_kind = statistics.use_by(decisions, recording.column("kind"))
         found["sites"].append({k: getattr(info, k) for k in ("name", "layer", "modality", "experts", "k")})
         found["use"][name] = used.as_dict() | {"by_kind": {kind: share.tolist() for kind, share in by_kind.items()}}
-        said = {f: statistics.information(decisions, words, permutations=permutations) for f, words in columns.items()}
+        said = {
+            f: statistics.information(decisions, words, permutations=permutations, sample_T=recording.sample_T)
+            for f, words in columns.items()
+        }
         found["information"][name] = {f: dataclasses.asdict(i) for f, i in said.items() if i.factor_bits > 0}
         patches = statistics.top_patches(recording, statistics.restrict(decisions, shown_T), PATCHES)
         takings = {f: statistics.taking(decisions, words) for f, words in columns.items() if f != WORD}

@@ -6,7 +6,6 @@ Shape suffixes: T recorded tokens · N tokens of a site · K chosen experts, -1 
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.optimize import linear_sum_assignment
 
-from vlmoe.config import UserError
+from vlmoe.config import UserError, read_json
 
 DESCRIPTION, TOKENS, ROUTING = "recording.json", "tokens.parquet", "routing.parquet"
 FORMAT = 1
@@ -88,14 +87,14 @@ class Recording:
         folder = Path(folder)
         path = folder / DESCRIPTION
         try:
-            said = json.loads(path.read_text())
+            said = read_json(path, nan=True)
             if said["format"] != FORMAT:
                 raise NoRecording(f"{path}: format {said['format']}, expected {FORMAT}")
             sites = {s["name"]: SiteInfo(**s) for s in said["sites"]}
             found = cls(folder, sites, said["tokens"], said["samples"], said["rate"], said["about"])
         except FileNotFoundError:
             raise NoRecording(f"{folder}: no {DESCRIPTION}: not a recording, or an interrupted one") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
             if isinstance(error, NoRecording):
                 raise
             raise NoRecording(f"{path}: not a recording's description ({error!r})") from None
@@ -125,6 +124,12 @@ class Recording:
     @functools.cached_property
     def position_T(self) -> np.ndarray:
         return self._read(TOKENS, ["position"]).column("position").to_numpy()
+
+    @functools.cached_property
+    def sample_T(self) -> np.ndarray:
+        """A number for each token's sample: those with one key that were put in as pair, image and text are three."""
+        sample, kind = self.column("sample"), self.column("kind")
+        return sample.code_T.astype(np.int64) * len(kind.values) + kind.code_T
 
     def at(self, site: str) -> Routed:
         """The decisions of one site. Raises NoRecording for one that was not recorded."""

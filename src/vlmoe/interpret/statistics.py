@@ -9,7 +9,7 @@ Shape suffixes: N tokens of a site · K chosen experts · E experts · V values 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,13 +48,17 @@ class Use:
 
 @dataclass(frozen=True)
 class Information:
-    """bits: mutual information between expert and factor. chance, chance_high: mean and 97.5% quantile of the same over
-    permuted labels. factor_bits: the factor's entropy, the most there could be. share: (bits - chance) / factor_bits.
+    """bits: mutual information between expert and factor. chance, chance_high: mean and 97.5% quantile of the same with
+    labels permuted between tokens. sample_chance, sample_chance_high: with whole samples' labels permuted, which is
+    what counts; see `information`. factor_bits: the factor's entropy, the most there could be. share: (bits -
+    sample_chance) / factor_bits.
     """
 
     bits: float
     chance: float
     chance_high: float
+    sample_chance: float
+    sample_chance_high: float
     factor_bits: float
     share: float
     tokens: int
@@ -138,17 +142,24 @@ def contingency(routed: Routed, words: Words, choices: str = "first") -> Conting
 
 # ---------------------------------------------------------------------------------------------------------- information
 def information(
-    routed: Routed, words: Words, choices: str = "first", permutations: int = 200, seed: int = 0
-) -> Information:
+    routed: Routed, words: Words, choices: str = "first", permutations: int = 200, seed: int = 0,
+    sample_T: np.ndarray | None = None,
+) -> Information:  # fmt: skip
     """Mutual information between expert and factor, beside what permuted labels give: any finite table shows some.
 
-    Labels are permuted between the tokens, which keeps both margins. For counts that is drawing tables with these
-    margins (`scipy.stats.random_table`), whatever the number of tokens. Tokens of one sample are not independent, so
-    chance is a little higher than this for factors that are the same all over a sample.
+    Two chances. Labels permuted between tokens keep both margins; for counts that is drawing tables with these margins
+    (`scipy.stats.random_table`), whatever the number of tokens. It is too low wherever tokens of one sample are alike:
+    a caption's twenty tokens with one colour are one observation, not twenty. So labels are also permuted by sample
+    (sample_T: the sample of each recorded token; None: each token is its own): a sample gets the known labels of
+    another one, in their order, from a random place on and around again as often as its length asks for. What tokens
+    of a sample have in common stays so on either side, in experts and in labels, and only what ties the two is cut.
+    A factor that is constant in a sample is just exchanged between samples; one that goes by the place within, such as
+    the place itself, is turned against it. (Rows of patches follow each other, so a turned image keeps its
+    neighbourhoods, but for its edges.)
     """
     table = contingency(routed, words, choices)
     if table.tokens == 0:
-        return Information(0.0, 0.0, 0.0, 0.0, 0.0, 0)
+        return Information(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
     count_EV = table.count_EV[table.count_EV.sum(axis=1) > 0]
     bits, rng = float(mutual_bits(count_EV)), np.random.default_rng(seed)
     if not permutations:
@@ -157,11 +168,15 @@ def information(
         drawn = random_table(count_EV.sum(axis=1), count_EV.sum(axis=0)).rvs(permutations, random_state=rng)
         chance_P = mutual_bits(drawn)
     else:
-        chance_P = _permuted(routed, words, permutations, rng)
+        chance_P = _permuted(routed, words, permutations, rng, None)
+    by_sample_P = chance_P
+    if sample_T is not None and permutations:
+        by_sample_P = _permuted(routed, words, permutations, rng, sample_T, choices)
     factor_bits = float(_entropy(count_EV.sum(axis=0)))
-    chance = float(chance_P.mean())
-    share = (bits - chance) / factor_bits if factor_bits > 0 else 0.0
-    return Information(bits, chance, float(np.quantile(chance_P, 0.975)), factor_bits, share, table.tokens)
+    high, sample_high = (float(np.quantile(c_P, 0.975)) for c_P in (chance_P, by_sample_P))
+    chance, sample_chance = float(chance_P.mean()), float(by_sample_P.mean())
+    share = (bits - sample_chance) / factor_bits if factor_bits > 0 else 0.0
+    return Information(bits, chance, high, sample_chance, sample_high, factor_bits, share, table.tokens)
 
 
 def mutual_bits(count: np.ndarray) -> np.ndarray:
@@ -176,13 +191,42 @@ def _entropy(count: np.ndarray) -> np.ndarray:
     return -(p * np.log2(np.where(p > 0, p, 1.0))).sum(axis=-1)
 
 
-def _permuted(routed: Routed, words: Words, permutations: int, rng: np.random.Generator) -> np.ndarray:
-    """Bits after permuting labels, for tokens that count in part for several experts."""
+def _permuted(
+    routed: Routed, words: Words, permutations: int, rng: np.random.Generator, sample_T: np.ndarray | None,
+    choices: str = "all",
+) -> np.ndarray:  # fmt: skip
+    """(P,) bits after permuting the known labels, between tokens or (sample_T) by sample."""
     code_N = words.code_T[routed.token_N]
     known_N = np.array([v != "" for v in words.values], dtype=bool)[code_N]
-    weight_NE, code_N = weights(routed, "all")[known_N], code_N[known_N]
-    one_NV = np.eye(len(words.values))[code_N]
-    return np.array([mutual_bits(weight_NE.T @ one_NV[rng.permutation(len(code_N))]) for _ in range(permutations)])
+    if choices == "first":
+        known_N = known_N & (routed.first_N >= 0)
+    rows = np.flatnonzero(known_N)
+    if sample_T is not None:
+        rows = rows[np.argsort(sample_T[routed.token_N[rows]], kind="stable")]
+    code_N, V = code_N[rows], len(words.values)
+    first_N = routed.first_N[rows].astype(np.int64) * V
+    weight_NE = weights(routed, "all")[rows] if choices == "all" else None
+    found = []
+    for order_N in _orders(len(rows), None if sample_T is None else sample_T[routed.token_N[rows]], permutations, rng):
+        if weight_NE is None:
+            count = np.bincount(first_N + code_N[order_N], minlength=routed.site.experts * V)
+            found.append(mutual_bits(count.reshape(-1, V)))
+        else:
+            found.append(mutual_bits(weight_NE.T @ np.eye(V)[code_N[order_N]]))
+    return np.array(found)
+
+
+def _orders(N: int, sample_N: np.ndarray | None, permutations: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Which token's label each token gets. sample_N: sorted."""
+    if sample_N is None:
+        yield from (rng.permutation(N) for _ in range(permutations))
+        return
+    _, start_S, row_N, length_S = np.unique(sample_N, return_index=True, return_inverse=True, return_counts=True)
+    place_N = np.arange(N) - start_S[row_N]
+    for _ in range(permutations):
+        other_S = rng.permutation(len(start_S))
+        turn_S = rng.integers(length_S[other_S])
+        yield start_S[other_S][row_N] + (place_N + turn_S[row_N]) % length_S[other_S][row_N]
 
 
 # ------------------------------------------------------------------------------------------------------- what it takes

@@ -21,7 +21,13 @@ def ranks(query_ND: Tensor, gallery_MD: Tensor, positives: Sequence[Sequence[int
 
     Wrong items that tie with it, to within TIE, stand before it: embeddings that are all alike find nothing. A query
     without a right item has the rank M.
+
+    Raises ValueError: an embedding holds nan or infinity; nothing can be ranked by such numbers.
     """
+    for name, x in (("queries", query_ND), ("gallery items", gallery_MD)):
+        broken = int((~x.isfinite().all(dim=-1)).sum())
+        if broken:
+            raise ValueError(f"{broken} of {len(x)} {name} have embeddings that are no numbers (nan or infinite)")
     gallery_MD = gallery_MD.double()
     found = []
     for start in range(0, len(query_ND), chunk):

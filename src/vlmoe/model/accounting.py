@@ -20,7 +20,9 @@ KINDS = ("image", "text", "pair")
 @dataclass
 class Account:
     """shapes: the batches of one micro-batch on one device. flops: of each of them, by kind. step: of a whole training
-    step on one device, all its micro-batches. tokens: of a step on one device, without padding. memory: of one device.
+    step on one device, all its micro-batches, as it is computed. charge: the same as a comparison of sparse and dense
+    models counts it, padding charged to all layers alike, see `Shape.charged`. tokens: of a step on one device, without
+    padding. memory: of one device.
     """
 
     sizes: Sizes
@@ -28,6 +30,7 @@ class Account:
     flops: dict[str, Flops]
     kind_tokens: dict[str, int]
     step: Flops
+    charge: Flops
     tokens: int
     memory: Memory
     precision: str
@@ -37,6 +40,11 @@ class Account:
     def flops_per_token(self) -> float:
         """Of training, forward and backward, over real tokens: what padding costs is in it, padding is not counted."""
         return self.step.total / self.tokens
+
+    @property
+    def charge_per_token(self) -> float:
+        """Of training as a comparison charges it, over real tokens."""
+        return self.charge.total / self.tokens
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: the sizes' own keys, then what a step costs."""
@@ -69,12 +77,14 @@ def account(
     precision = precision or ("bf16" if recipe.train.precision == "bf16" else "fp32")
     found = {shape.kind: flops(recipe.model, shape, tokenizer) for shape in shapes}
     tokens = {shape.kind: shape.tokens(recipe.model) for shape in shapes}
+    charged = [found[s.kind] if s.charged() == s else flops(recipe.model, s.charged(), tokenizer) for s in shapes]
     return Account(
         sizes=sizes(recipe.model),
         shapes={shape.kind: shape for shape in shapes},
         flops=found,
         kind_tokens=tokens,
         step=Flops.sum(found.values()).scaled(recipe.train.accumulate),
+        charge=Flops.sum(charged).scaled(recipe.train.accumulate),
         tokens=sum(tokens.values()) * recipe.train.accumulate,
         memory=memory(recipe.model, shapes, precision, sharding),
         precision=precision,

@@ -6,7 +6,9 @@ experts' outputs ("dispatch"). Norms, biases, softmax and activations are left o
 left out.
 
 Padding costs what it really costs: attention, dense layers, shared experts and router compute padded positions too,
-experts take real tokens only. Fillers that a backend adds to the experts' rows (on a CPU up to 15%) are not counted.
+routed experts take real tokens only. That is no basis for a comparison: a dense layer could leave padding out as well.
+So a comparison charges `Shape.charged`, where routed experts pay for padding like every other layer. Fillers that a
+backend adds to the experts' rows (on a CPU up to 15%) are not counted.
 
 Shape suffixes: D width · H hidden · E experts · M, K, N sizes of a product.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -56,6 +58,10 @@ class Shape:
     def tokens(self, config: ModelConfig) -> int:
         """Of all samples, without padding."""
         return self.samples * self.vision_tokens(config) + self.real
+
+    def charged(self) -> Shape:
+        """The batch as a comparison charges for it: padding counts as tokens, for routed experts and dispatch, too."""
+        return replace(self, real=self.samples * self.text)
 
     @classmethod
     def full(cls, config: ModelConfig, masking: MaskingConfig, kind: str, samples: int) -> Shape:
@@ -169,9 +175,9 @@ def _ffn(config: ModelConfig, hidden: int) -> int:
 
 
 def _encode(config: ModelConfig, tokenizer: VisualTokenizerConfig) -> int:
-    """Of one patch through the encoder of a `VQTokenizer`: patches in, one mixer, code vectors, nearest code."""
+    """Of one patch through the encoder of a `VQTokenizer`: patch in, one perceptron, whitened, nearest code."""
     W, Z = tokenizer.width, tokenizer.dim
-    return 2 * (3 * config.patch**2 * W + 9 * W + 2 * W * W + 2 * W * W + W * Z + Z * config.codes)
+    return 2 * (3 * config.patch**2 * W + 2 * W * W + 2 * W * W + W * Z + Z * Z + Z * config.codes)
 
 
 # ------------------------------------------------------------------------------------------------------------- counted

@@ -33,8 +33,8 @@ WHOLE = ("width", "depth", "experts", "k", "granularity", "shared", "params_tota
 
 def row_of(plan: Plan, run: Run, job: Job, rate: float | None, measured: dict[str, Any]) -> Row:
     """params_active: per token, embeddings left out. seconds: of training, evaluation and start-up left out.
-    memory_bytes: of tensors in a step, measured; memory_predicted: the same, computed. resident_bytes: the
-    process's."""
+    flops_per_token, flops: as charged, see `Account.charge`. memory_bytes: of tensors in a step, measured;
+    memory_predicted: the same, computed. resident_bytes: the process's."""
     model = plan.model(run)
     cost = model.cost
     row: Row = dict.fromkeys(COLUMNS)
@@ -47,7 +47,7 @@ def row_of(plan: Plan, run: Run, job: Job, rate: float | None, measured: dict[st
         "params_active": cost.sizes.params_per_token - cost.sizes.params_by_part["embeddings"],
         "seed": run.seed, "steps": run.steps, "learning_rate": rate,
         "expert_lr": model.recipe.train.expert_lr if model.side == "sparse" else None,
-        "tokens": run.tokens, "flops_per_token": cost.flops_per_token, "flops": run.flops,
+        "tokens": run.tokens, "flops_per_token": cost.charge_per_token, "flops": run.flops,
         "memory_bytes": measured.get("memory"), "memory_predicted": cost.memory.peak,
         "status": job.status if job.status != "to do" else "not run",
     }  # fmt: skip

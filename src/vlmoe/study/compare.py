@@ -3,6 +3,9 @@
 A run's loss in the middle, while its learning rate is still high, is no run of half the length. So every point here is
 the end of a finished run, and a curve of loss against compute goes through finished runs of several lengths, straight
 from one to the next in the logarithms of both.
+
+Where a curve ends before it is down at the other's loss, or begins below it, the factor of that seed is censored: only
+a bound is known. A mean over seeds of which some are censored is a bound as well, and has no interval.
 """
 
 from __future__ import annotations
@@ -17,14 +20,15 @@ from scipy.stats import t as student
 
 from vlmoe.study.collect import Row, finished, groups
 
-AT_LEAST, AT_MOST = "at least", "at most"
+AT_LEAST, AT_MOST, UNKNOWN = "at least", "at most", "unknown"
 COSTS = {"flops": "training FLOPs", "seconds": "wall clock", "memory_bytes": "memory"}
 CONFIDENCE = 0.95
 
 
 @dataclass
 class Factor:
-    """bound: "" where both curves reach the loss; "at least" or "at most" where one is longer than the other."""
+    """bound: "" where the curve crosses the loss, and `value` is measured. Otherwise it is censored: "at most" or "at
+    least" `value`."""
 
     value: float
     bound: str = ""
@@ -55,7 +59,8 @@ def cost_at(curve: Sequence[tuple[float, float]], loss: float) -> Factor | None:
 
 
 def saved(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]) -> Factor:
-    """How many times less our curve costs than theirs at the end of theirs, the loss of their longest run."""
+    """How many times less our curve costs than theirs at the end of theirs, the loss of their longest run. Where ours
+    is never down there it costs more than its longest run: "at most". Where its cheapest run already is: "at least"."""
     cost, loss = max(theirs)
     found = cost_at(ours, loss)
     if found is None:
@@ -64,7 +69,8 @@ def saved(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, flo
 
 
 def saved_against_best(ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]) -> Factor:
-    """How many times more the frontier of all their runs costs than our longest run at its loss."""
+    """How many times more the frontier of all their runs costs than our longest run at its loss. "at least" where
+    theirs is never down there, "at most" where their cheapest run already is."""
     cost, loss = max(ours)
     found = cost_at(frontier(theirs), loss)
     if found is None:
@@ -82,15 +88,21 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def summarise(factors: dict[int, Factor]) -> dict[str, Any]:
-    """Of one factor for each seed: the geometric mean and its interval over seeds. bound: as of the factors, "mixed"
-    where they differ; the mean is then one of values of which some are bounds."""
+    """Of one factor for each seed: the geometric mean and its interval over seeds.
+
+    censored: how many seeds give only a bound. With any, there is no interval and `factor` is a bound of the mean, in
+    the same direction (`bound`); None and "unknown" where seeds are bounded in both directions.
+    """
     logs = mean_interval([math.log(f.value) for f in factors.values()])
-    bounds = {f.bound for f in factors.values()}
+    bounds = {f.bound for f in factors.values() if f.bound}
+    bound = UNKNOWN if len(bounds) > 1 else next(iter(bounds), "")
+    no_interval = bool(bound) or logs["low"] is None
     return {
-        "factor": math.exp(logs["mean"]),
-        "low": None if logs["low"] is None else math.exp(logs["low"]),
-        "high": None if logs["high"] is None else math.exp(logs["high"]),
-        "bound": bounds.pop() if len(bounds) == 1 else "mixed",
+        "factor": None if bound == UNKNOWN else math.exp(logs["mean"]),
+        "low": None if no_interval else math.exp(logs["low"]),
+        "high": None if no_interval else math.exp(logs["high"]),
+        "bound": bound,
+        "censored": sum(bool(f.bound) for f in factors.values()),
         "seeds": {str(seed): {"factor": f.value, "bound": f.bound} for seed, f in factors.items()},
     }
 
@@ -98,13 +110,17 @@ def summarise(factors: dict[int, Factor]) -> dict[str, Any]:
 def compute_saved(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """For every sparse model and each of FLOPs and wall clock: against the dense model of its size at that one's final
     loss, and against the best of all dense models at its own. Paired by seed; against the best, only seeds for which
-    every dense model of the study has runs. A model of one length has no curve and is left out."""
+    every dense model of the study has runs. A model of one length has no curve and is left out. flops_ratio: of FLOPs
+    per token, over the dense model's."""
     main = finished(rows)
     curves: dict[tuple[str, int], list[Row]] = groups(main, "model", "seed")
     dense = {r["model"] for r in main if r["side"] == "dense"}
     found = []
+    per_token = {r["model"]: r["flops_per_token"] for r in main}
     for model, runs in groups([r for r in main if r["side"] == "sparse"], "model").items():
-        twin, entry = runs[0]["twin"], {"model": model, "twin": runs[0]["twin"]}
+        twin = runs[0]["twin"]
+        entry: dict[str, Any] = {"model": model, "twin": twin}
+        entry["flops_ratio"] = per_token[model] / per_token[twin] if twin in per_token else None
         entry["lengths"] = len({r["steps"] for r in runs})
         if entry["lengths"] < 2:
             continue

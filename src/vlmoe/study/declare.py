@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmoe.config import TASKS, UserError
+from vlmoe.config import TASKS, UserError, home, override_value, read_yaml
 
 AXES = ("width", "depth", "experts", "k", "granularity", "shared", "expert_size", "placement", "layers")
 PLACEMENTS = ("vision", "text", "both")
@@ -130,11 +130,12 @@ def load_study(study: str, overrides: list[str] | None = None) -> Study:
     """
     given, name = _given(study)
     for override in overrides or []:
-        key, sep, value = override.partition("=")
+        key, sep, _ = override.partition("=")
         if not sep or not key:
             raise StudyError(f"override '{override}': expected key=value, for example jobs=2")
+        read = override_value(override, StudyError)
         try:
-            OmegaConf.update(given, key, OmegaConf.create(f"v: {value}").v if value else "", merge=True)
+            OmegaConf.update(given, key, read, merge=True)
         except Exception as error:
             raise StudyError(f"override '{override}': {str(error).splitlines()[0]}") from None
     mapping: Any = OmegaConf.to_container(given)
@@ -144,6 +145,7 @@ def load_study(study: str, overrides: list[str] | None = None) -> Study:
     except OmegaConfBaseException as error:
         raise StudyError(f"study {study}: key '{error.full_key}': {str(error).splitlines()[0]}") from None
     found.name = found.name or name
+    found.extends = home(found.extends)
     _check(found, study)
     return found
 
@@ -172,10 +174,7 @@ LABELS = {
 def _given(study: str, within: tuple[str, ...] = ()) -> tuple[DictConfig, str]:
     """What a study's file says on top of the one it is like, and the study's name."""
     text, name = _read(study)
-    try:
-        given = OmegaConf.create(text)
-    except Exception as error:
-        raise StudyError(f"study {study}: not valid YAML: {error}") from None
+    given = read_yaml(text, f"study {study}", StudyError)
     if not isinstance(given, DictConfig):
         raise StudyError(f"study {study}: expected a mapping of keys at the top, got {type(given).__name__}")
     like = given.pop(LIKE, None)
@@ -194,7 +193,7 @@ def _read(study: str) -> tuple[str, str]:
     packaged = resources.files("vlmoe.recipes") / "study" / f"{study}.yaml"
     if "/" not in study and packaged.is_file():
         return packaged.read_text(encoding="utf-8"), study
-    path = Path(study)
+    path = Path(home(study))
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         try:
             return path.read_text(encoding="utf-8"), path.stem
@@ -204,6 +203,11 @@ def _read(study: str) -> tuple[str, str]:
     close = difflib.get_close_matches(study, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise StudyError(f"no study '{study}': {hint}packaged studies are {', '.join(names)}; or give a .yaml file's path")
+
+
+def _check_seeds(key: str, seeds: list[int], need: Callable[[bool, str, Any, str], None]) -> None:
+    for seed in seeds:
+        need(0 <= seed < 1 << 63, key, seed, "whole numbers from 0 to below 2**63")
 
 
 GROUPS: dict[str, Any] = {
@@ -235,6 +239,7 @@ def _check(study: Study, origin: str) -> None:
     need(study.tolerance > 0, "tolerance", study.tolerance, "a share above 0, for example 0.05")
     need(bool(study.steps) and min(study.steps) > 0, "steps", study.steps, "run lengths, for example [300, 600, 1200]")
     need(bool(study.seeds), "seeds", study.seeds, "at least one seed")
+    _check_seeds("seeds", study.seeds, need)
     need(study.expert_power >= 0, "expert_power", study.expert_power, "a number not below 0, for example 0.5")
     need(study.jobs >= 1, "jobs", study.jobs, "a positive number")
     for f in ("hours", "flops"):
@@ -246,7 +251,9 @@ def _check(study: Study, origin: str) -> None:
         need(min(study.sweep.rates) > 0, "sweep.rates", study.sweep.rates, "positive learning rates")
         need(study.sweep.steps > 0, "sweep.steps", study.sweep.steps, "a positive number")
         grids += [("sweep.dense", study.sweep.dense), ("sweep.sparse", study.sweep.sparse)]
+    _check_seeds("sweep.seeds", study.sweep.seeds, need)
     for key, grid in grids:
+        _check_seeds(f"{key}.seeds", grid.seeds, need)
         for one in members(grid):
             need(one.placement in PLACEMENTS, f"{key}.placement", one.placement, ", ".join(PLACEMENTS))
             need(one.expert_size == EQUAL or isinstance(one.expert_size, (int, float)), f"{key}.expert_size",

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from vlmoe.model.sizes import short
 from vlmoe.study.collect import Row
-from vlmoe.study.compare import means
+from vlmoe.study.compare import AT_MOST, means
 
 FRONTIER, SAVED, LAW = "study.png", "saved.png", "law.png"
 COLOUR = {"dense": "#0072B2", "sparse": "#D55E00"}
@@ -97,7 +97,8 @@ def _panel(axis: Any, points: Sequence[dict[str, Any]], cost: str, styles: dict[
 
 
 def draw_saved(saved: Sequence[dict[str, Any]], out: Path) -> Path | None:
-    """Compute saved by each sparse model at its dense twin's final loss, for FLOPs and for wall clock."""
+    """Compute saved by each sparse model at its dense twin's final loss, for FLOPs and for wall clock; an arrow where
+    only a bound is known."""
     rows = [e for e in saved if e["flops"] or e["seconds"]]
     if not rows:
         return None
@@ -105,18 +106,22 @@ def draw_saved(saved: Sequence[dict[str, Any]], out: Path) -> Path | None:
         figure = Figure(figsize=(8, 1.0 + 0.5 * len(rows)), layout="constrained")
         axis = figure.subplots()
         axis.axvline(1, color="#888888", linewidth=1)
+        for marker, colour, label in (("o", "#D55E00", "in FLOPs"), ("s", "#000000", "on the clock")):
+            axis.plot([], [], marker, color=colour, markersize=7, label=label)
         for row, entry in enumerate(reversed(rows)):
-            for cost, offset, colour, marker, label in (
-                ("flops", 0.13, "#D55E00", "o", "in FLOPs"), ("seconds", -0.13, "#000000", "s", "on the clock"),
-            ):  # fmt: skip
+            for cost, offset, colour, marker in (("flops", 0.13, "#D55E00", "o"), ("seconds", -0.13, "#000000", "s")):
                 found = entry[cost]
-                if not found:
+                if not found or found["factor"] is None:
                     continue
                 y = row + offset
                 if found["low"] is not None:
                     axis.plot([found["low"], found["high"]], [y, y], color=colour, linewidth=1.6, alpha=0.55)
                 edge: Any = {"markerfacecolor": "white" if found["bound"] else colour, "markeredgecolor": colour}
-                axis.plot(found["factor"], y, marker, markersize=7, label=label if row == 0 else "_", **edge)
+                axis.plot(found["factor"], y, marker, markersize=7, label="_", **edge)
+                if found["bound"]:  # the mean lies somewhere on that side
+                    end = (-16 if found["bound"] == AT_MOST else 16, 0)
+                    axis.annotate("", (found["factor"], y), end, textcoords="offset points",
+                                  arrowprops={"arrowstyle": "<-", "color": colour})  # fmt: skip
         axis.set_yticks(range(len(rows)), [e["model"] for e in reversed(rows)])
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.set_xscale("log")
@@ -131,7 +136,7 @@ def draw_saved(saved: Sequence[dict[str, Any]], out: Path) -> Path | None:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(axis="x", color=GRID, linewidth=0.7)
         axis.set_axisbelow(True)
-        axis.set_xlabel("times less than the dense model, at the dense model's final loss (hollow: a bound)")
+        axis.set_xlabel("times less than the dense model, at its final loss (hollow with an arrow: a bound)")
         figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=8.5)
         figure.savefig(out / SAVED, dpi=130)
     return out / SAVED

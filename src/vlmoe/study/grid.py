@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmoe.config import ModalityConfig, ModelConfig, Recipe, load_recipe, to_mapping
 from vlmoe.model.accounting import Account, account
-from vlmoe.model.flops import Shape
+from vlmoe.model.flops import Flops, Shape
 from vlmoe.model.parameters import hidden_size
 from vlmoe.study.declare import EQUAL, Grid, Study, StudyError, members
 
@@ -42,7 +42,7 @@ class Model:
 @dataclass(frozen=True)
 class Run:
     """rate: learning rate; None: known when the sweep is done. tokens, flops: of its training, padding not counted in
-    the tokens; flops include what padding costs."""
+    the tokens; flops are those charged, padding to all layers alike (`Account.charge`)."""
 
     id: str
     stage: str  # sweep, main
@@ -215,7 +215,7 @@ def count(plan: Plan, shapes: Sequence[Sequence[Shape]]) -> None:
     study = plan.study
     if study.equal == "per_token":
         for model in plan.models.values():
-            ratio = model.cost.flops_per_token / plan.models[model.twin].cost.flops_per_token
+            ratio = model.cost.charge_per_token / plan.models[model.twin].cost.charge_per_token
             if abs(ratio - 1) > study.tolerance:
                 raise StudyError(
                     f"{model.name}: training costs {ratio:.3f} times the FLOPs per token of {model.twin}, wanted 1 "
@@ -229,7 +229,8 @@ def mean_account(recipe: Recipe, shapes: Sequence[Sequence[Shape]]) -> Account:
     each = [account(recipe, batch) for batch in shapes]
     largest = max(each, key=lambda a: a.memory.peak)
     mean = copy.copy(largest)
-    mean.step = type(largest.step).sum(a.step for a in each).scaled(1 / len(each))
+    mean.step = Flops.sum(a.step for a in each).scaled(1 / len(each))
+    mean.charge = Flops.sum(a.charge for a in each).scaled(1 / len(each))
     mean.tokens = sum(a.tokens for a in each) / len(each)  # type: ignore[assignment]
     return mean
 
@@ -246,7 +247,7 @@ def _runs(plan: Plan) -> list[Run]:
             for length in model.steps:
                 steps = length
                 if study.equal == "total":
-                    steps = max(1, round(length * reference.cost.step.total / model.cost.step.total))
+                    steps = max(1, round(length * reference.cost.charge.total / model.cost.charge.total))
                 own = None if plan.sweep and not model.fixed_rate else model.recipe.train.lr
                 main.append((model.seeds.index(seed), _run(model, "main", model.name, seed, steps, own)))
     # All models for their first seed before any for its second: a study cut short is a smaller study.
@@ -257,7 +258,7 @@ def _run(model: Model, stage: str, name: str, seed: int, steps: int, rate: float
     tag = f"-lr{rate:g}" if stage == "sweep" else ""
     return Run(
         f"{model.name}{tag}-{steps}-seed{seed}", stage, name, model.side, seed, steps, rate,
-        steps * model.cost.tokens, steps * model.cost.step.total,
+        steps * model.cost.tokens, steps * model.cost.charge.total,
     )  # fmt: skip
 
 

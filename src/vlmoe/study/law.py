@@ -11,7 +11,10 @@ the interacting form is Ludziejewski et al.'s (2025). What the best loss c is, s
 near the runs it was fitted to.
 
 Fitted by least squares on log loss with Huber's loss, so that a run gone wrong does not bend it, from several starts;
-intervals from refits to runs drawn with replacement, with the runs' own scatter added.
+intervals from refits to configurations drawn with replacement, a model and length with the runs of all its seeds
+together (seeds of one configuration share its error of fit, so they are no independent evidence of the law), with the
+runs' own scatter added. The optimiser works within bounds; where a value or an end of an interval lies on one, the runs
+do not determine it and the law says so.
 
 Shape suffixes: R runs · P parameters of the law · B refits · Q questions.
 """
@@ -31,6 +34,7 @@ from vlmoe.study.declare import StudyError
 HUBER = 0.01  # of log loss: residuals beyond 1% count linearly
 REFITS = 200
 INTERVAL = 0.95
+AT_BOUND = 1e-3  # of the range that the optimiser may use: nearer to its end counts as on it
 CLEARLY = 0.9  # the richer form must have so much less error on left-out models
 HELD_OUT = 0.2  # share of the runs, those with the most FLOPs
 AXES = {"params_active": "parameters per token", "expansion": "experts", "tokens": "tokens", "flops": "training FLOPs"}
@@ -85,6 +89,10 @@ class Fit:
             for m, lo, hi in zip(best, low, high, strict=True)
         ]
 
+    def at_bound(self) -> list[str]:
+        """Parameters whose value is where the optimiser had to stop."""
+        return [name for name, ends in zip(NAMES[self.form], _ends(self.form, self.vector_P), strict=True) if ends]
+
     def outside(self, row: Row) -> dict[str, float]:
         """Axis -> how many times beyond the nearest run; empty where the row is within what was fitted."""
         found = {}
@@ -114,6 +122,12 @@ class Fit:
                 name: [self._shown(name, lo), self._shown(name, hi)]
                 for name, lo, hi in zip(NAMES[self.form], low.tolist(), high.tolist(), strict=True)
             },
+            "at_bound": self.at_bound(),
+            "intervals_at_bound": {
+                name: found
+                for name, *ends in zip(NAMES[self.form], _ends(self.form, low), _ends(self.form, high), strict=True)
+                if (found := [end for end, which in zip(("low", "high"), ends, strict=True) if which])
+            },
             "centre": {"params_active": self.centre[0], "tokens": self.centre[1]},
             "scatter": float(np.std(self.scatter_R)),
             "ranges": {axis: list(range_) for axis, range_ in self.ranges.items()},
@@ -131,6 +145,7 @@ def fit(rows: Sequence[Row], form: str | None = None, refits: int = REFITS) -> F
     """
     runs = finished(rows)
     different = len({(r["params_active"], r["expansion"], r["tokens"]) for r in runs})
+    clusters = configurations(runs)
     if different < len(NAMES["additive"]) + 2:
         raise StudyError(
             f"a scaling law has {len(NAMES['additive'])} parameters and needs at least "
@@ -143,15 +158,23 @@ def fit(rows: Sequence[Row], form: str | None = None, refits: int = REFITS) -> F
     rng = np.random.default_rng(0)
     draws: list[np.ndarray] = []
     while len(draws) < refits:
-        pick = rng.integers(len(runs), size=len(runs))
+        pick = rng.integers(len(clusters), size=len(clusters))
         if len(np.unique(pick)) >= min(len(vector), different - 1):
-            draws.append(_refit(form, data[pick], floor, vector))
+            draws.append(_refit(form, data[np.concatenate([clusters[i] for i in pick])], floor, vector))
     raw = dict(zip(NAMES[form], vector.tolist(), strict=True))
     shown = {"a": float(np.exp(raw["log_a"])), "b": float(np.exp(raw["log_b"]))}
     shown |= {k: v for k, v in raw.items() if not k.startswith("log_")}
     shown["best"] = float(floor / (1 + np.exp(-raw["best"])))
     ranges = {axis: (min(r[axis] for r in runs), max(r[axis] for r in runs)) for axis in AXES}
     return Fit(form, shown, _centre(runs), floor, np.stack(draws), scatter_R, ranges, len(runs), vector)
+
+
+def configurations(runs: Sequence[Row]) -> list[np.ndarray]:
+    """Of each model and length the places of its runs, all seeds: what a refit draws as one."""
+    places: dict[tuple[str, int], list[int]] = {}
+    for place, run in enumerate(runs):
+        places.setdefault((run["model"], run["steps"]), []).append(place)
+    return [np.array(found) for found in places.values()]
 
 
 def check(rows: Sequence[Row], form: str | None = None, refits: int = REFITS) -> dict[str, Any] | None:
@@ -177,8 +200,8 @@ def check(rows: Sequence[Row], form: str | None = None, refits: int = REFITS) ->
         found.append({"run": row["run"], "measured": row["loss"], **guess, "inside": inside})
     errors = [abs(np.log(f["loss"] / f["measured"])) for f in found]
     return {
-        "form": law.form, "fitted": len(left), "runs": found, "mean_error": float(np.mean(errors)),
-        "inside": sum(f["inside"] for f in found) / len(found),
+        "form": law.form, "fitted": len(left), "at_bound": law.at_bound(), "runs": found,
+        "mean_error": float(np.mean(errors)), "inside": sum(f["inside"] for f in found) / len(found),
     }  # fmt: skip
 
 
@@ -239,6 +262,15 @@ def _slope(form: str, vector: np.ndarray, data: Data, floor: float) -> np.ndarra
 
 def _bounds(form: str) -> tuple[list[float], list[float]]:
     return [LOW.get(n, -20.0) for n in NAMES[form]], [HIGH.get(n, 20.0) for n in NAMES[form]]
+
+
+def _ends(form: str, vector: np.ndarray) -> list[str]:
+    """Of each parameter "low" or "high" where it lies on that bound, else ""."""
+    found = []
+    for value, low, high in zip(vector.tolist(), *_bounds(form), strict=True):
+        near = AT_BOUND * (high - low)
+        found.append("low" if value - low < near else "high" if high - value < near else "")
+    return found
 
 
 def _solve(form: str, data: Data, floor: float, start: np.ndarray) -> tuple[np.ndarray, float]:

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlmoe.config import Recipe, RecipeError, flat, load_recipe, override, to_mapping
+from vlmoe.config import Recipe, RecipeError, UserError, flat, load_recipe, override, read_json, to_mapping
 from vlmoe.config.validation import validate
 from vlmoe.model.accounting import KINDS, account, gib
 from vlmoe.model.flops import Shape
@@ -30,6 +30,7 @@ from vlmoe.study.collect import Row, finished
 from vlmoe.study.declare import StudyError
 from vlmoe.study.grid import expert_lr
 from vlmoe.study.law import AXES, fit
+from vlmoe.study.recount import recount
 from vlmoe.study.speed import Speeds
 
 REPORT = "study.json"
@@ -83,10 +84,10 @@ def read_report(path: Path) -> dict[str, Any]:
     """A study's folder or its JSON. Raises StudyError."""
     file = path / REPORT if path.is_dir() else path
     try:
-        found = json.loads(file.read_text())
+        found = read_json(file, nan=True)
     except FileNotFoundError:
         raise StudyError(f"{file}: no such file; `vlmoe study STUDY` makes a study's {REPORT}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         raise StudyError(f"{file}: cannot be read as a study's {REPORT}: {error}") from None
     if not isinstance(found, dict) or not {"runs", "recipe", "machine"} <= set(found):
         raise StudyError(f"{file}: is no study's {REPORT}: expected the keys runs, recipe and machine")
@@ -111,12 +112,8 @@ def make_plan(
 
     Raises StudyError: too few runs for a law, a report of an earlier version, or nothing fits.
     """
+    report = recount(report)
     rows: list[Row] = report["runs"]
-    if "shapes" not in report:
-        raise StudyError(
-            "the study's report does not say how long its texts were, as those of an earlier version: the study's "
-            "command writes it anew, finished runs stay"
-        )
     law = fit(rows, refits=refits)
     base = override(report["recipe"], overrides, "the study's recipe")
     speeds = Speeds(rows, flops_per_second)
@@ -229,7 +226,7 @@ def _shapes(measured: Sequence[dict[str, Any]], base: Recipe) -> list[Shape]:
 
 
 def _step_flops(recipe: Recipe, shapes: Sequence[Shape]) -> float:
-    cost = sum(model_flops(recipe.model, shape, recipe.data.visual_tokenizer).total for shape in shapes)
+    cost = sum(model_flops(recipe.model, shape.charged(), recipe.data.visual_tokenizer).total for shape in shapes)
     return cost * recipe.train.accumulate
 
 
@@ -240,7 +237,7 @@ def _price(
     if sizes(recipe.model).expansion > limit:
         return None
     cost = account(recipe, shapes, sharding)
-    steps = int(flops / (cost.step.total * sharding.devices))
+    steps = int(flops / (cost.charge.total * sharding.devices))
     if steps < FEWEST:
         return None
     memory = account(recipe, sharding=sharding).memory.peak  # some batch has a text of full length
@@ -251,7 +248,7 @@ def _price(
     name = f"dense, {m.depth} blocks of width {m.width}"
     if sparse:
         name = f"{experts} experts a layer, {m.depth} blocks of width {m.width}"
-    spent = steps * cost.step.total * sharding.devices
+    spent = steps * cost.charge.total * sharding.devices
     row: Row = {
         "params_active": s.params_per_token - s.params_by_part["embeddings"], "expansion": s.expansion,
         "tokens": float(steps * cost.tokens * sharding.devices), "flops": spent, "params_total": s.params_total,
@@ -313,6 +310,8 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     console.print(f"Time: {speed} FLOPs/s for the recommended model, by its size and the study's runs "
                   f"({plan['speed_from']}).", highlight=False)  # fmt: skip
     console.print(f"Law: {plan['law']['formula']}, from {plan['law']['runs']} runs.", highlight=False)
+    if at := undetermined(plan["law"]):
+        console.print(at, highlight=False, style="yellow")
     console.print(warning(best), highlight=False, style="yellow" if best["outside"] else "")
 
 
@@ -329,6 +328,14 @@ def warning(candidate: dict[str, Any]) -> str:
         f"Extrapolates: {far} beyond the nearest of the study's runs. The interval knows the runs' scatter, not "
         "whether the law holds out there."
     )
+
+
+def undetermined(law: dict[str, Any]) -> str:
+    """Which of the law's parameters its runs leave open; empty where none."""
+    values, ends = law["at_bound"], law["intervals_at_bound"]
+    parts = [f"{', '.join(values)} ended there"] if values else []
+    parts += [f"the interval of {', '.join(ends)} reaches there"] if ends else []
+    return f"The fit's bounds: {'; '.join(parts)}: the runs do not determine them." if parts else ""
 
 
 def duration(seconds: float | None) -> str:

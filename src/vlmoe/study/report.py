@@ -15,7 +15,8 @@ from vlmoe.study import compare, draw, law
 from vlmoe.study.collect import CSV, PARQUET, Row, extra_columns, finished, groups, over_seeds, write_table
 from vlmoe.study.declare import StudyError
 from vlmoe.study.page import Section, to_html, to_markdown
-from vlmoe.study.plan import REPORT
+from vlmoe.study.plan import REPORT, undetermined
+from vlmoe.study.saved import BEST, saved_section, times, verdict
 from vlmoe.train.runlog import replace_text
 
 MARKDOWN, PAGE = "study.md", "study.html"
@@ -25,7 +26,6 @@ NAMES = {
     "loss": "loss", "loss_words": "words", "loss_patches": "patches", "loss_texts": "texts",
     "accuracy_words": "words right, %",
 }  # fmt: skip
-SIGNS = {"": "", compare.AT_LEAST: "≥ ", compare.AT_MOST: "≤ ", "mixed": "~ "}
 ROWS = {"dense": "dense", "text": "T-MoE", "vision": "V-MoE", "both": "both"}
 
 
@@ -78,31 +78,29 @@ def _finite(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- in words
 def headline(report: dict[str, Any]) -> list[str]:
     """What came out, in a few sentences; first, of the sparse models with most seeds and lengths, the one that saves
-    most FLOPs."""
+    most FLOPs, if it can be one whose mean is more than an upper bound."""
     known = [e for e in report["saved"] if e["flops"]]
     lines = []
     if known:
-        best = max(known, key=lambda e: (len(e["flops"]["seeds"]), e["lengths"], e["flops"]["factor"]))
+        best = max(known, key=_standing)
         lines.append(
             f"Compute saved by {best['model']} at the final loss of {best['twin']}: {times(best['flops'])} times in "
-            f"FLOPs, {times(best['seconds'])} times on the clock. Below 1 it needs more."
+            f"FLOPs, {times(best['seconds'])} times on the clock. Below 1 it needs more. {verdict(best['flops'])}"
         )
         if best["flops_best"]:
             lines.append(
                 "Against the best dense model of any size and length, at its own final loss: "
-                f"{times(best['flops_best'])} times in FLOPs, {times(best['seconds_best'])} times on the clock."
+                f"{times(best['flops_best'], BEST)} times in FLOPs, {times(best['seconds_best'], BEST)} times on the "
+                "clock."
             )
     status = {s: sum(r["status"] == s for r in report["runs"]) for s in ("done", "failed", "stopped", "not run")}
     lines.append("Runs: " + ", ".join(f"{n} {s}" for s, n in status.items() if n) + ".")
     return lines
 
 
-def times(found: dict[str, Any] | None) -> str:
-    """ "2.1 [1.8, 2.5]"; with a sign where it is a bound."""
-    if not found:
-        return "-"
-    interval = f" [{found['low']:.2f}, {found['high']:.2f}]" if found["low"] is not None else ""
-    return SIGNS[found["bound"]] + f"{found['factor']:.2f}{interval}"
+def _standing(entry: dict[str, Any]) -> tuple[int, int, bool, float]:
+    found = entry["flops"]
+    return len(found["seeds"]), entry["lengths"], found["bound"] != compare.AT_MOST, found["factor"] or 0.0
 
 
 def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section | None]:
@@ -110,7 +108,7 @@ def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section |
     return [
         Section("", text),
         Section("Loss against compute, time and memory", FRONTIER_TEXT, picture=draw.FRONTIER),
-        _saved_section(report),
+        saved_section(report),
         _models_section(report),
         _words_section(report),
         _texts_section(report),
@@ -130,39 +128,13 @@ FRONTIER_TEXT = (
 )
 
 
-def _saved_section(report: dict[str, Any]) -> Section | None:
-    if not report["saved"]:
-        return None
-    head = [
-        "sparse model",
-        "dense twin",
-        "FLOPs",
-        "wall clock",
-        "FLOPs, best dense",
-        "wall clock, best dense",
-        "lengths",
-    ]
-    body = [
-        [e["model"], e["twin"], *(times(e[k]) for k in ("flops", "seconds", "flops_best", "seconds_best")),
-         str(e["lengths"])]
-        for e in report["saved"]
-    ]  # fmt: skip
-    text = (
-        "How many times less the sparse model needs to reach the final loss of the dense model of its width and "
-        "depth, by its finished runs of several lengths, log-log between them; geometric mean and Student's 95% "
-        "interval over seeds, paired by seed. *Best dense*: how many times more the frontier of all dense models and "
-        "lengths needs at the sparse model's final loss, for seeds with runs of every dense model. ≥ and ≤: the other "
-        "curve ends before; ~: for some seeds. Models of one length are left out."
-    )
-    return Section("Compute saved at equal loss", text, head, body, draw.SAVED)
-
-
 def _models_section(report: dict[str, Any]) -> Section | None:
     done = finished(report["runs"])
     if not done:
         return None
     parts = [m for m in PARTS if any(r.get(m) is not None for r in done)]
-    head = ["model", "parameters", "per token", "FLOPs per token", "memory", "FLOPs/s", "steps", "seeds", "loss"]
+    head = ["model", "parameters", "per token", "FLOPs per token", "x dense", "memory", "FLOPs/s", "steps", "seeds"]
+    head.append("loss")
     head += [NAMES[part] for part in parts]
     body = []
     for (model, steps), runs in groups(done, "model", "steps").items():
@@ -172,13 +144,22 @@ def _models_section(report: dict[str, Any]) -> Section | None:
         memory = runs[0]["memory_bytes"] or runs[0]["memory_predicted"]
         body.append([
             model, short(about["params_total"]), short(about["params_per_token"]), short(about["flops_per_token"]),
-            f"{memory / 2**20:.3g} MiB", short(over_seeds(runs, "flops_per_second")[0]), f"{steps:,}", str(len(runs)),
+            f"{over_twin(report['models'], model):.3f}", f"{memory / 2**20:.3g} MiB",
+            short(over_seeds(runs, "flops_per_second")[0]), f"{steps:,}", str(len(runs)),
             f"{mean:.3f}{spread}", *(_mean(runs, part) for part in parts),
         ])  # fmt: skip
-    text = "Held-out loss in nats, mean [least, most] over seeds: of hidden words plus of hidden patches."
+    text = (
+        "Held-out loss in nats, mean [least, most] over seeds: of hidden words plus of hidden patches. *x dense*: "
+        "FLOPs per token over those of the dense model that it is compared with."
+    )
     if "loss_texts" in parts:
         text += " Texts: of hidden words in texts without pictures, which the loss leaves out."
     return Section("Models and lengths", text, head, body)
+
+
+def over_twin(models: dict[str, Any], name: str) -> float:
+    """FLOPs per token of a model over those of the dense one that it is compared with."""
+    return models[name]["flops_per_token"] / models[models[name]["twin"]]["flops_per_token"]
 
 
 def _mean(runs: Sequence[Row], measure: str) -> str:
@@ -270,7 +251,7 @@ def _law_section(report: dict[str, Any]) -> Section | None:
     text = (
         f"`{found['formula']}`, with N parameters per token (embeddings left out), E the expansion (all feed-forward "
         f"parameters over those of a token) and D tokens. Fitted to {found['runs']} runs; scatter "
-        f"{found['scatter']:.2%}."
+        f"{found['scatter']:.2%}. Refits draw whole configurations, a model and length with all its seeds."
     )
     if checked:
         text += (
@@ -278,10 +259,16 @@ def _law_section(report: dict[str, Any]) -> Section | None:
             f"predicts them with a mean error of {checked['mean_error']:.2%}; {checked['inside']:.0%} of them lie in "
             "their 95% interval."
         )
-    head = ["parameter", "value", "95% over refits"]
+    if at := undetermined(found):
+        text += f" {at}"
+    if checked and checked["at_bound"]:
+        text += f" In the fit without the held-out runs {', '.join(checked['at_bound'])} ended on a bound."
+    head = ["parameter", "value", "95% over refits", "on a bound of the fit"]
     body = [
         [name, f"{found['parameters'].get(name.removeprefix('log_'), math.nan):.4g}",
-         "[" + ", ".join(f"{math.exp(v) if name.startswith('log_') else v:.4g}" for v in ends) + "]"]
+         "[" + ", ".join(f"{math.exp(v) if name.startswith('log_') else v:.4g}" for v in ends) + "]",
+         ", ".join([*["value"] * (name in found["at_bound"]),
+                    *(f"{end} end" for end in found["intervals_at_bound"].get(name, []))])]
         for name, ends in found["intervals"].items()
     ]  # fmt: skip
     body = [[row[0].removeprefix("log_"), *row[1:]] for row in body]
@@ -324,13 +311,36 @@ def counted(report: dict[str, Any]) -> str:
         "steps": "all models train for the same steps, whatever they cost",
     }[declared["equal"]]
     return (
-        f"Equal compute: {equal}. All runs of a seed see the same data in the same order and share their tokenizers. "
-        "FLOPs are those of training, forward and backward, heads, router and dispatch and the visual tokenizer's "
-        "targets included; padding costs what is computed on it, and is not counted among the tokens "
-        f"({report['padding']:.1%} of the positions). Steps done again after a roll-back cost again. Wall clock is "
+        f"Equal compute: {equal}.{_ratios(report)} All runs of a seed see the same data in the same order and share "
+        "their tokenizers. FLOPs are those of training, forward and backward, heads, router and dispatch and the "
+        f"visual tokenizer's targets included. Padding is {report['padding']:.1%} of the positions. It is not counted "
+        "among the tokens, and every layer of both sides is charged for it alike: attention, dense layers, shared "
+        "experts and routers compute it; routed experts skip it and are charged as if they did not, for a dense layer "
+        f"could skip it as well.{_computed(report)} Steps done again after a roll-back cost again. Wall clock is "
         f"that of training alone, {report['jobs']} runs at a time with one thread each, so runs slow each other down "
         "alike. Memory is what tensors of a step hold, measured. Losses are of hidden words and hidden patches of "
         "held-out pairs. A run in the middle, under a learning rate that still falls, is not a run of that length, so "
         f"only finished runs count.\n\n{where['device_name']}, torch {report['torch']}, {report['date']}; "
         f"{report['hours_used']:.1f} h. `{report['command']}`"
     )
+
+
+def _ratios(report: dict[str, Any]) -> str:
+    """Each pair's ratio, and which are not equal as declared."""
+    models = report["models"]
+    ratios = {name: over_twin(models, name) for name, m in models.items() if m["side"] == "sparse"}
+    if not ratios:
+        return ""
+    ends = sorted({f"{min(ratios.values()):.3f}", f"{max(ratios.values()):.3f}"})
+    text = f" Sparse over dense, FLOPs per token: {' to '.join(ends)}."
+    if report["declared"]["equal"] != "per_token":
+        return text
+    tolerance = report["declared"]["tolerance"]
+    beyond = [f"{name} ({ratio:.3f})" for name, ratio in ratios.items() if abs(ratio - 1) > tolerance]
+    return text + (f" Not equal within {tolerance:.0%}: {', '.join(beyond)}." if beyond else "")
+
+
+def _computed(report: dict[str, Any]) -> str:
+    """How much of the charge is for what is not computed."""
+    shares = [1 - m["flops_computed_per_token"] / m["flops_per_token"] for m in report["models"].values()]
+    return f" What they skip is up to {max(shares):.1%} of a model's FLOPs." if max(shares) > 0 else ""

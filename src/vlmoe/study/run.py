@@ -29,6 +29,7 @@ from vlmoe.study.declare import Study, StudyError, to_mapping
 from vlmoe.study.grid import Model, Plan, Run, count, make_plan
 from vlmoe.study.measure import data_shapes, mean_shapes
 from vlmoe.study.plan import duration, read_report
+from vlmoe.study.recount import CHARGE, recount
 from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
 from vlmoe.study.work import Work, downstream_jobs, job_of, measure_jobs, rate_of, text_tokenizer, tokenizer_jobs
 from vlmoe.train.loop import pick_device
@@ -50,7 +51,7 @@ def study(
         SystemExit: 128 + signal, when it was told to stop; the same command goes on.
     """
     console = console or Console()
-    earlier = read_report(Path(declared.extends)) if declared.extends else None  # where it is missing, nothing is begun
+    earlier = recount(read_report(Path(declared.extends))) if declared.extends else None  # missing: nothing is begun
     with lock_run(out):
         plan = make_plan(declared)
         base = load_recipe(declared.recipe, declared.set)
@@ -111,7 +112,7 @@ def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[st
         "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
         "machine": machine(pick_device(base.train.device)) | {"threads": 1}, "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["vlmoe", *sys.argv[1:]]), "runs": rows,
+        "command": shlex.join(["vlmoe", *sys.argv[1:]]), "charge": CHARGE, "runs": rows,
     }  # fmt: skip
     if earlier is not None:
         about = extend.join(earlier, about)
@@ -121,7 +122,8 @@ def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[st
 def _about(model: Model) -> dict[str, Any]:
     return {
         "side": model.side, "twin": model.twin, "settings": model.settings, "steps": model.steps, "seeds": model.seeds,
-        "model": recipe_mapping(model.recipe)["model"], "flops_per_token": model.cost.flops_per_token,
+        "model": recipe_mapping(model.recipe)["model"], "flops_per_token": model.cost.charge_per_token,
+        "flops_computed_per_token": model.cost.flops_per_token,
         "memory_predicted": model.cost.memory.peak, "params_total": model.cost.sizes.params_total,
         "params_per_token": model.cost.sizes.params_per_token,
     }  # fmt: skip
@@ -225,7 +227,7 @@ def show_runs(work: Work) -> None:
         run, job = members[0]
         model = work.plan.model(run)
         twin = work.plan.models.get(model.twin)
-        ratio = f"{model.cost.flops_per_token / twin.cost.flops_per_token:.3f}" if twin else ""
+        ratio = f"{model.cost.charge_per_token / twin.cost.charge_per_token:.3f}" if twin else ""
         memory = work.measured(model).get("memory", model.cost.memory.peak)
         counts = Counter(job.status for _, job in members)
         table.add_row(

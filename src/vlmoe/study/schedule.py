@@ -14,11 +14,13 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from vlmoe.config import flat, with_later_keys
+from vlmoe.config import flat, read_json, with_later_keys
+from vlmoe.data.workers import STOP_SIGNALS, signals_held
 from vlmoe.study import worker
 from vlmoe.study.declare import Budget, StudyError
 from vlmoe.study.worker import FAILED, JOB, LOG, RESULT
@@ -66,7 +68,7 @@ class Job:
         return records[-1]["step"] / self.steps if records else 0.0
 
     def read(self) -> dict[str, Any]:
-        return json.loads((self.folder / (RESULT if self.done else FAILED)).read_text())
+        return read_json(self.folder / (RESULT if self.done else FAILED), nan=True)
 
     def check(self) -> None:
         """Raises StudyError where the folder holds a run of another declaration."""
@@ -76,7 +78,7 @@ class Job:
         if not file.is_file() or not (self.done or (self.folder / METRICS).exists()):
             return
         now = flat(self.spec)
-        then = with_later_keys(flat(json.loads(file.read_text())), now, "recipe.")
+        then = with_later_keys(flat(read_json(file, nan=True)), now, "recipe.")
         other = [k for k in sorted(then | now) if then.get(k) != now.get(k) and not k.endswith(FREE)]
         if other:
             key = other[0]
@@ -95,7 +97,7 @@ class Meter:
 
     def __init__(self, out: Path, budget: Budget) -> None:
         self.file, self.budget = out / USED, budget
-        self.before = json.loads(self.file.read_text())["seconds"] if self.file.is_file() else 0.0
+        self.before = read_json(self.file)["seconds"] if self.file.is_file() else 0.0
         self.began = self.saved = time.monotonic()
         self.flops = 0.0
 
@@ -172,6 +174,8 @@ def _start(job: Job) -> _Running:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vlmoe.study.worker"])
     process = context.Process(target=worker.main, args=(job.folder,), name=job.id)
+    with signals_held():  # for good in the server: a signal to the group must not end what watches the jobs
+        forkserver.ensure_running()
     process.start()
     return _Running(job, process)
 
@@ -181,7 +185,7 @@ def _record(one: _Running, stopping: bool) -> None:
     job, code = one.job, one.process.exitcode or 0
     if job.done or (job.folder / FAILED).is_file():
         return
-    if stopping or code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM):
+    if stopping or code in {end for s in STOP_SIGNALS for end in (128 + s, -s)}:
         return
     if code < 0:
         why = f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from vlmoe.config import Recipe, UserError
+from vlmoe.config import Recipe, UserError, read_json
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import Step, StepData, held_out, held_out_size
 from vlmoe.evaluate.masked import losses
@@ -205,7 +205,7 @@ def stress(
                 task.eval()
                 found["loss"] = losses(task, _held_out(plan, text, device))["sum"]
             result.write_text(json.dumps({k: v if v == v else None for k, v in found.items()}))
-        return json.loads(result.read_text()) | {"folder": str(folder)}
+        return read_json(result) | {"folder": str(folder)}
 
     plain = run("undisturbed", None, True)
     rows = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vlmoe.config import Recipe
+from vlmoe.config import Recipe, read_json
 from vlmoe.config import to_mapping as recipe_mapping
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.model.flops import Shape
@@ -112,7 +111,7 @@ def _overhead(work: Work) -> float:
     for run in work.plan.runs:
         file = work.folder(run) / "result.json"
         if file.is_file():
-            result = json.loads(file.read_text())
+            result = read_json(file, nan=True)
             found.append(max(0.0, result["process_seconds"] - result["seconds"]))
     return statistics.median(found) if found else OVERHEAD
 

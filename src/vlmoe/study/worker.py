@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vlmoe.config import Recipe, UserError, from_mapping, load_finetune
+from vlmoe.config import Recipe, UserError, from_mapping, load_finetune, read_json
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import held_out, held_out_size
+from vlmoe.data.workers import STOP_SIGNALS
 from vlmoe.evaluate.downstream import evaluate_task
 from vlmoe.evaluate.masked import losses, text_scores, words_right
 from vlmoe.study.measure import measure_step
@@ -115,13 +117,14 @@ def main(folder: Path) -> None:
     """Do the folder's job; output goes to its log. Ends the process."""
     began = time.perf_counter()
     os.setsid()  # Ctrl-C reaches the study alone, which tells its jobs
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held in the server it was forked from
     with (folder / LOG).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ["COLUMNS"] = "160"
     torch.set_num_threads(1)
     try:
-        result, stopped_by = do(json.loads((folder / JOB).read_text()), folder)
+        result, stopped_by = do(read_json(folder / JOB, nan=True), folder)
     except Exception as error:  # a failed run is a result of the study, whatever it died of
         traceback.print_exc()
         text = str(error).splitlines()[0] if str(error) else ""

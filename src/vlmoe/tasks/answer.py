@@ -13,6 +13,7 @@ from vlmoe.data.downstream.loader import EvalData
 from vlmoe.data.loader import make_loader
 from vlmoe.metrics import Score
 from vlmoe.tasks.downstream import Downstream
+from vlmoe.tasks.finite import NotFinite
 
 
 @dataclass
@@ -43,7 +44,10 @@ def answer_all(
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Answered:
-    """The task's answers, in evaluation mode. progress: called with the number of examples done."""
+    """The task's answers, in evaluation mode. progress: called with the number of examples done.
+
+    Raises NotFinite: an answer is made of numbers that are none. All are counted first.
+    """
     was_training = task.training
     task.eval()
     result = Answered()
@@ -57,4 +61,7 @@ def answer_all(
                 progress(len(result.examples) + len(result.skipped))
     finally:
         task.train(was_training)
+    broken = sum(not answer.finite for answer in result.answers)
+    if broken:
+        raise NotFinite(broken, len(result.answers), "answers")
     return result

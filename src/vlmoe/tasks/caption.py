@@ -31,19 +31,24 @@ from vlmoe.tasks.downstream import Downstream
 
 @dataclass
 class Written:
-    """Captions of one image, best first: texts and the probability of each."""
+    """Captions of one image, best first: texts and the probability of each. finite: see `predict`."""
 
     texts: list[str]
     probabilities: list[float]
+    finite: bool = True
 
 
 @dataclass
 class Beam:
     """One image's search. alive: (score, tokens), best first; done: (score with length penalty, log-probability,
-    tokens)."""
+    tokens). finite: False once a logit was nan or infinite; the search ends there."""
 
     alive: list[tuple[float, list[int]]] = field(default_factory=lambda: [(0.0, [])])
     done: list[tuple[float, float, list[int]]] = field(default_factory=list)
+    finite: bool = True
+
+    def give_up(self) -> None:
+        self.alive, self.done, self.finite = [], [(math.nan, math.nan, [])], False
 
 
 class Caption(Downstream):
@@ -92,6 +97,9 @@ class Caption(Downstream):
             if not rows:
                 break
             log_RV = self._next(batch, rows)
+            for (b, _, _), broken in zip(rows, log_RV.isnan().any(dim=-1).tolist(), strict=True):
+                if broken:
+                    beams[b].give_up()
             if length < config.min_length:
                 log_RV[:, tokenizer.end_id] = -math.inf
             best = log_RV.topk(min(2 * config.beam, log_RV.shape[1]), dim=-1)  # half of them may be ends
@@ -104,7 +112,8 @@ class Caption(Downstream):
         return [self._written(beam) for beam in beams]
 
     def _next(self, batch: Batch, rows: list[tuple[int, float, list[int]]]) -> Tensor:
-        """(R, V) log-probabilities of the token that follows each row's; what is never written has none."""
+        """(R, V) log-probabilities of the token that follows each row's; what is never written has none. A row with a
+        logit of nan or infinity is all nan."""
         tokenizer = self._tokenizer()
         device = self.text_bias.device
         ids_RT = [[tokenizer.start_id, *tokens, tokenizer.mask_id] for _, _, tokens in rows]
@@ -113,9 +122,10 @@ class Caption(Downstream):
             image = batch.image_BCHW[torch.tensor([b for b, _, _ in rows], device=batch.image_BCHW.device)]
         part = Batch(keys=[""] * len(rows), image_BCHW=image, text_BT=torch.tensor(ids_RT, device=device))
         logits_RV = self.text_logits(self.run(part, causal="text").features("text")[:, -1])
+        broken_R1 = ~logits_RV.isfinite().all(dim=-1, keepdim=True)
         never = [tokenizer.start_id, tokenizer.pad_id, tokenizer.mask_id, *range(tokenizer.size, logits_RV.shape[1])]
         logits_RV[:, never + ([] if tokenizer.unk_id is None else [tokenizer.unk_id])] = -math.inf
-        return logits_RV.log_softmax(dim=-1)
+        return logits_RV.log_softmax(dim=-1).masked_fill(broken_R1, math.nan)
 
     def _advance(self, beam: Beam, found: list[tuple[float, list[int], int]], length: int, longest: int) -> None:
         """Keep the best beams that go on, put aside those that end; stop when none alive can still win."""
@@ -137,7 +147,8 @@ class Caption(Downstream):
     def _written(self, beam: Beam) -> Written:
         tokenizer = self._tokenizer()
         done = beam.done or [(s, s, tokens) for s, tokens in beam.alive]
-        return Written([tokenizer.decode(tokens) for _, _, tokens in done], [math.exp(s) for _, s, _ in done])
+        texts = [tokenizer.decode(tokens) for _, _, tokens in done]
+        return Written(texts, [math.exp(s) for _, s, _ in done], beam.finite)
 
     def _tokenizer(self) -> TextTokenizer:
         if self.tokenizer is None:

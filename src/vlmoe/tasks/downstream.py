@@ -33,10 +33,12 @@ SHOWN = 5  # best answers kept of each prediction
 
 @dataclass
 class Guess:
-    """A classifier's answer to one example: label numbers, best first, and their probabilities."""
+    """A classifier's answer to one example: label numbers, best first, and their probabilities. finite: all of the
+    example's logits, not only those of the best, are numbers."""
 
     labels: list[int]
     probabilities: list[float]
+    finite: bool = True
 
 
 class Downstream(Task):
@@ -66,7 +68,8 @@ class Downstream(Task):
 
     @abstractmethod
     def predict(self, batches: dict[str, Batch]) -> list[Any]:
-        """One answer for each example of the batches, as plain values or tensors on the CPU."""
+        """One answer for each example of the batches, as plain values or tensors on the CPU. An answer's `finite` says
+        whether all it comes from are numbers, none nan or infinite: others are never scored."""
 
     @abstractmethod
     def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, Score]:
@@ -75,6 +78,10 @@ class Downstream(Task):
     def guess(self, examples: Sequence[Example]) -> dict[str, Score]:
         """What one answer for all examples would score at best: chance, or the majority class. Empty where a task has
         no such guess."""
+        return {}
+
+    def counts(self, examples: Sequence[Example]) -> dict[str, int]:
+        """What else is to be known of the examples that scores are made of, in words and numbers."""
         return {}
 
     def show(self, answer: Any) -> list[dict[str, Any]]:
@@ -166,10 +173,11 @@ class Classifier(Downstream):
 
     @torch.no_grad()
     def predict(self, batches: dict[str, Batch]) -> list[Guess]:
-        probability_BL = self.probabilities(self.logits(batches)[0].float())
+        logits_BL = self.logits(batches)[0].float()
+        probability_BL, finite_B = self.probabilities(logits_BL), logits_BL.isfinite().all(dim=-1)
         best = probability_BL.topk(min(SHOWN, probability_BL.shape[1]), dim=-1)
-        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [Guess(labels, probabilities) for labels, probabilities in rows]
+        rows = zip(best.indices.tolist(), best.values.tolist(), finite_B.tolist(), strict=True)
+        return [Guess(labels, probabilities, finite) for labels, probabilities, finite in rows]
 
     def show(self, answer: Guess) -> list[dict[str, Any]]:
         pairs = zip(answer.labels, answer.probabilities, strict=True)

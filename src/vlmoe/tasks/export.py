@@ -1,11 +1,11 @@
 """A trained model as plain files, and back: weights as safetensors, the recipe as JSON, the tokenizers beside.
 
 A pre-trained and a fine-tuned model are kept alike; of the latter, config.json also holds the labels it answers with.
+config.json lists size and SHA-256 of every other file of the folder and has a digest of itself; `load` checks them all.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,10 +13,24 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from vlmoe.config import FinetuneRecipe, Recipe, RecipeError, UserError, from_mapping, to_mapping
-from vlmoe.data.text_tokenizer import TextTokenizer, load_text_tokenizer
+from vlmoe.config import (
+    AlteredError,
+    FinetuneRecipe,
+    Recipe,
+    RecipeError,
+    UserError,
+    check_files,
+    from_mapping,
+    home,
+    read_json,
+    read_sealed,
+    to_mapping,
+    write_sealed,
+)
+from vlmoe.data.tensors import save_tensors
+from vlmoe.data.text_tokenizer import DESCRIPTION, FILES, TextTokenizer, load_text_tokenizer
 from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenizer
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.downstream import Downstream
@@ -24,6 +38,7 @@ from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.tasks.registry import build_task
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT, UNSEALED = 2, 1
 
 
 class ModelFileError(UserError):
@@ -32,11 +47,14 @@ class ModelFileError(UserError):
 
 @dataclass
 class Pretrained:
-    """What `vlmoe.load` returns of a pre-trained run: the model in evaluation mode, its tokenizers and its recipe."""
+    """What `vlmoe.load` returns of a pre-trained run: the model in evaluation mode, its tokenizers and its recipe.
+
+    visual_tokenizer: None where the run saw no images. The text tokenizer of a run that saw no texts, and was given
+    none, knows special tokens alone."""
 
     model: MaskedDataModelling
     text_tokenizer: TextTokenizer
-    visual_tokenizer: VisualTokenizer
+    visual_tokenizer: VisualTokenizer | None
     recipe: Recipe
     path: Path
 
@@ -61,11 +79,11 @@ def export(
     try:
         shutil.copytree(tokenizers, temporary)
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        save_file(weights, temporary / WEIGHTS)
-        about = {"format": 1, "recipe": to_mapping(recipe)}
+        save_tensors(weights, temporary / WEIGHTS)
+        about = {"format": FORMAT, "recipe": to_mapping(recipe)}
         if isinstance(recipe, FinetuneRecipe):
             about |= {"task": recipe.task, "labels": list(labels)}
-        (temporary / CONFIG).write_text(json.dumps(about, indent=1))
+        write_sealed(temporary / CONFIG, about, [p.name for p in temporary.iterdir()])
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
@@ -76,35 +94,66 @@ def export(
 def load(path: str | Path, device: str | torch.device = "cpu") -> Pretrained | Finetuned:
     """Restore a model from a run's folder or from the model folder inside it.
 
-    Raises ModelFileError naming the file that is missing, unreadable or does not fit its config.json.
+    Raises ModelFileError naming the file that is missing, altered, unreadable or does not fit its config.json.
     """
-    folder = Path(path)
-    if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
-        folder = folder / "model"
+    folder = _model_folder(Path(home(str(path))))
     config = folder / CONFIG
-    if not config.is_file():
-        raise ModelFileError(f"{path}: no {CONFIG} here nor in {Path(path) / 'model'}: is the run finished?")
     try:
-        about = json.loads(config.read_text())
+        about = read_sealed(config, older=UNSEALED)
+        if about["format"] not in (FORMAT, UNSEALED):
+            raise ModelFileError(f"{config}: format {about['format']!r}, this version reads {FORMAT}")
+        if about["format"] == FORMAT:
+            check_files(config, about, [WEIGHTS, DESCRIPTION])
         if "task" in about:
             recipe = from_mapping(about["recipe"], origin=str(config), schema=FinetuneRecipe)
             return _load_finetuned(folder, recipe, tuple(map(str, about["labels"])), torch.device(device))
         return _load_pretrained(folder, from_mapping(about["recipe"], origin=str(config)), torch.device(device))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError) as error:
         raise ModelFileError(f"{config}: not a model's config.json ({error!r})") from None
-    except RecipeError as error:
+    except (AlteredError, RecipeError) as error:
         raise ModelFileError(str(error)) from None
 
 
-def is_finetuned(path: str | Path) -> bool:
-    """Whether a run's folder, or a model folder, holds a fine-tuned model; False where there is none."""
-    for config in (Path(path) / CONFIG, Path(path) / "model" / CONFIG):
-        if config.is_file():
+def seal(path: str | Path) -> list[Path]:
+    """Take the model and the tokenizers in a folder (a run's, a model's, or one of tokenizers) as they are: write their
+    digests anew. Returns the files written. Raises ModelFileError: there are none, or one is no JSON object."""
+    top, done = Path(home(str(path))), []
+    for folder in (top, top / "tokenizers", top / "model"):
+        for name in (DESCRIPTION, "visual.json", CONFIG):  # the last one lists the others
+            file = folder / name
+            if not file.is_file():
+                continue
             try:
-                return "task" in json.loads(config.read_text())
-            except (ValueError, TypeError):
-                return False
-    return False
+                about = read_json(file, nan=True)
+                if name == CONFIG:
+                    about["format"] = FORMAT
+                    files = [p.name for p in folder.iterdir() if p.name != CONFIG and p.is_file()]
+                else:
+                    files = ["visual.safetensors"] if name == "visual.json" else [FILES[about["type"]]]
+                write_sealed(file, about, files)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ModelFileError(f"{file}: cannot be sealed ({error!r})") from None
+            done.append(file)
+    if not done:
+        raise ModelFileError(f"{path}: no model and no tokenizer here, expected a run's folder or its model folder")
+    return done
+
+
+def is_finetuned(path: str | Path) -> bool:
+    """Whether a run's folder, or a model folder, holds a fine-tuned model. Raises ModelFileError: there is none."""
+    config = _model_folder(Path(home(str(path)))) / CONFIG
+    try:
+        return "task" in read_sealed(config, older=UNSEALED)
+    except (AlteredError, OSError) as error:
+        raise ModelFileError(str(error)) from None
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder itself or the one named model in it. Raises ModelFileError: neither has a config.json."""
+    for folder in (path, path / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise ModelFileError(f"{path}: no {CONFIG} here nor in {path / 'model'}: is the run finished?")
 
 
 def load_pretrained(path: str | Path, device: str | torch.device = "cpu") -> Pretrained:
@@ -154,8 +203,10 @@ def _load_weights(model: Task, folder: Path, device: torch.device) -> None:
     model.to(device).eval()
 
 
-def load_visual_tokenizer(folder: Path, recipe: Recipe) -> VisualTokenizer:
-    """The tokenizer that a recipe names, its files (if it has any) read from `folder`."""
+def load_visual_tokenizer(folder: Path, recipe: Recipe) -> VisualTokenizer | None:
+    """The tokenizer that a recipe names, its files (if it has any) read from `folder`; None where it sees no images."""
+    if not recipe.reads_images:
+        return None
     if recipe.data.visual_tokenizer.type == "codes":
         return StoredCodes(recipe.model.codes)
     tokenizer = VQTokenizer.load(folder)

@@ -45,6 +45,10 @@ class MaskedDataModelling(Task):
     def visual_tokenizer(self) -> VisualTokenizer | None:
         return self._visual_tokenizer[0]
 
+    def use(self, visual_tokenizer: VisualTokenizer | None) -> None:
+        """Take targets from another visual tokenizer, or have none."""
+        self._visual_tokenizer = (visual_tokenizer,)
+
     def prepare(self, device: torch.device) -> None:
         if isinstance(self.visual_tokenizer, nn.Module):
             self.visual_tokenizer.to(device)

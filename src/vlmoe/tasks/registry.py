@@ -18,6 +18,11 @@ from vlmoe.tasks.vqa import VQA
 
 DOWNSTREAM: dict[str, type[Downstream]] = {c.task: c for c in (VQA, NLVR2, Retrieval, Classify, NLI, Caption)}
 
+READS = {  # what an example of each task holds
+    "vqa": ("images", "texts"), "nlvr2": ("images", "texts"), "retrieval": ("images", "texts"),
+    "classify": ("images",), "nli": ("texts",), "caption": ("images", "texts"),
+}  # fmt: skip
+
 
 def build_task(recipe: FinetuneRecipe, labels: tuple[str, ...], tokenizer: TextTokenizer) -> Downstream:
     """The recipe's task with random weights."""

@@ -8,7 +8,6 @@ pickled, so reading a checkpoint runs no code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,19 +18,34 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from vlmoe.config import FinetuneRecipe, Recipe, UserError, to_mapping, with_later_keys
+from vlmoe.config import (
+    AlteredError,
+    FinetuneRecipe,
+    Recipe,
+    UserError,
+    check_files,
+    describe,
+    parse_json,
+    read_sealed,
+    to_mapping,
+    with_later_keys,
+    write_sealed,
+)
+from vlmoe.data.tensors import load_sealed_tensors, save_sealed_tensors, save_tensors
 from vlmoe.tasks.base import Task
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-FORMAT = 3
+FORMAT, UNSEALED = 4, 3
 # Keys that may differ between a checkpoint and the recipe that goes on from it: none of them enters the numbers.
 FREE_KEYS = re.compile(
     r"(name|about|init_allow_inexact|run\..*|eval\.(samples|batch|pictures)|data\.workers|data\.max_bad_share"
     r"|train\.(log_every|watch_every|checkpoint_every|keep|device))"
 )
+
+LENGTH = ("train.steps", "train.decay_steps")  # free while the schedule has been the same constant up to here
 
 
 class CheckpointError(UserError):
@@ -129,7 +143,7 @@ def save_weights(folder: Path, task: Task) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         weights, tied = _untie(task.state_dict())
-        save_file(weights, temporary, metadata={"tied": json.dumps(tied)})
+        save_sealed_tensors(weights, temporary, {"tied": json.dumps(tied)})
         _fsync(temporary)
         os.replace(temporary, folder / MODEL)
     except (OSError, SafetensorError) as error:
@@ -138,13 +152,14 @@ def save_weights(folder: Path, task: Task) -> None:
 
 
 def load_weights(folder: Path, task: Task) -> None:
-    """Load what `save_weights` wrote. Raises CheckpointError: missing, unreadable, or of another model."""
+    """Load what `save_weights` wrote. Raises CheckpointError: missing, altered, unreadable, or of another model."""
     file = folder / MODEL
     try:
-        with safe_open(file, framework="pt") as content:
-            tied = json.loads((content.metadata() or {}).get("tied", "{}"))
-        weights = load_file(file)
-    except (OSError, SafetensorError, ValueError) as error:
+        weights, metadata = load_sealed_tensors(file)
+        tied = parse_json(metadata["tied"].encode(), str(file))
+    except AlteredError as error:
+        raise CheckpointError(str(error)) from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{file}: not readable ({error})") from None
     weights |= {name: weights[holder] for name, holder in tied.items()}
     _check_tensors(file, weights, dict(task.state_dict()))
@@ -157,13 +172,10 @@ def _write(folder: Path, state: State, task: Task, optimizer: torch.optim.Optimi
     files = {}
     for name, content in tensors.items():
         path = folder / name
-        save_file(content, path)
+        save_tensors(content, path)
         _fsync(path)
-        files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path), "tensors": len(content)}
-    document = {"format": FORMAT, **asdict(state), "files": files, "tied": tied}
-    with open(folder / STATE, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1)
-    _fsync(folder / STATE)
+        files[name] = describe(path) | {"tensors": len(content)}
+    write_sealed(folder / STATE, {"format": FORMAT, **asdict(state), "files": files, "tied": tied})
     _fsync(folder)
 
 
@@ -203,11 +215,6 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 def read_state(path: Path) -> State:
     """A checkpoint's state.json. Raises CheckpointError naming the file and what is wrong with it."""
@@ -222,6 +229,10 @@ def restore(path: Path, task: Task, optimizer: torch.optim.Optimizer) -> State:
         CheckpointError: a file is missing, truncated or altered, or a tensor is missing, unknown or of another shape.
     """
     document = _document(path)
+    try:
+        check_files(path / STATE, document, [MODEL, OPTIMIZER], _way_out(path))
+    except AlteredError as error:
+        raise CheckpointError(str(error)) from None
     content = {name: _tensors(path, name, document) for name in (MODEL, OPTIMIZER)}
     model = content[MODEL]
     for name, holder in document["tied"].items():
@@ -240,30 +251,52 @@ def check_recipe(path: Path, recipe: Recipe | FinetuneRecipe) -> None:
         CheckpointError: lists every key that differs, with both values.
     """
     now = _flat(to_mapping(recipe))
-    then = with_later_keys(_flat(read_state(path).recipe), now)
+    state = read_state(path)
+    then = with_later_keys(_flat(state.recipe), now)
+    free = LENGTH if _constant_so_far(state.step, then) and _constant_so_far(state.step, now) else ()
     differing = [
         f"  {key}: the checkpoint has {then.get(key, 'no such key')!r}, the recipe {now.get(key, 'no such key')!r}"
         for key in sorted(then | now)
-        if then.get(key) != now.get(key) and not FREE_KEYS.fullmatch(key)
+        if then.get(key) != now.get(key) and key not in free and not FREE_KEYS.fullmatch(key)
     ]
     if differing:
+        longer = any(f"  {key}:" in line for line in differing for key in LENGTH)
         raise CheckpointError(
             f"{path} was made with another recipe, going on would mix the two:\n"
             + "\n".join(differing)
             + "\nRestore these keys, or choose another run.dir to start afresh"
+            + (f"\n{_how_to_go_on(path)}" if longer else "")
         )
+
+
+def _constant_so_far(step: int, keys: dict[str, Any]) -> bool:
+    """Whether a recipe of these keys has not begun to lower the learning rate after `step` updates."""
+    if keys.get("train.schedule") != "constant_decay":
+        return False
+    return step <= keys["train.steps"] - keys["train.decay_steps"]
+
+
+def _how_to_go_on(path: Path) -> str:
+    run = path.parent.parent
+    return (
+        "The learning rate up to this checkpoint depends on train.steps. To train its weights further, start a run "
+        f"from them: init={run} seed=ANOTHER run.dir=ANOTHER train.steps=MORE (the run must be finished). A run with "
+        "train.schedule=constant_decay can be made longer as long as its checkpoint lies in the constant phase"
+    )
 
 
 def _document(path: Path) -> dict[str, Any]:
     file = path / STATE
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_sealed(file, _way_out(path), older=UNSEALED)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing. {_way_out(path)}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error}). {_way_out(path)}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+    except AlteredError as error:
+        raise CheckpointError(str(error)) from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}). {_way_out(path)}") from None
+    found = document.get("format")
+    if found not in (FORMAT, UNSEALED):
         raise CheckpointError(f"{file}: format {found!r}, this version reads {FORMAT}. {_way_out(path)}")
     missing = ({*State.__dataclass_fields__, "files", "tied"}) - document.keys()
     missing |= {MODEL, OPTIMIZER} - dict(document.get("files") or {}).keys()
@@ -275,18 +308,11 @@ def _document(path: Path) -> dict[str, Any]:
 def _tensors(path: Path, name: str, document: dict[str, Any]) -> dict[str, Tensor]:
     file, expected = path / name, document["files"][name]
     try:
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{file}: has {size} bytes, {STATE} says {expected['bytes']}. {_way_out(path)}")
-        if _digest(file) != expected["sha256"]:
-            raise CheckpointError(f"{file}: its SHA-256 is not the one in {STATE}: altered. {_way_out(path)}")
         with safe_open(file, framework="pt") as content:
             found = len(list(content.keys()))
         if found != expected["tensors"]:
             raise CheckpointError(f"{file}: {found} tensors, {STATE} says {expected['tensors']}. {_way_out(path)}")
         return load_file(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing. {_way_out(path)}") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: not readable ({error}). {_way_out(path)}") from None
 

@@ -16,9 +16,10 @@ from vlmoe.data.downstream.loader import EvalData, TrainData, count_of, open_spl
 from vlmoe.tasks.answer import answer_all
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.downstream import Downstream
-from vlmoe.tasks.export import export, load
+from vlmoe.tasks.export import Finetuned, Pretrained, export, load
+from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.init import start_from
-from vlmoe.tasks.registry import build_task, collate_of
+from vlmoe.tasks.registry import READS, build_task, collate_of
 from vlmoe.train import checkpoint
 from vlmoe.train.loop import CHECKPOINTS, TrainResult, Validation, pick_device, train
 from vlmoe.train.pretrain import MODEL, TOKENIZERS
@@ -40,6 +41,7 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
     run_dir = Path(recipe.run.dir)
     device = pick_device(recipe.train.device)
     start = load(recipe.init)
+    unseen = _fits(recipe, start)
     examples = open_split(recipe, "train")
     first = splits_of(recipe)[0]
     judged = open_split(recipe, first, examples.labels or None)
@@ -69,10 +71,36 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
             + f"; {type(task).main} on {count} of '{first}' picks the best weights",
             highlight=False, markup=False,
         )  # fmt: skip
+        for part in unseen:
+            console.print(f"{recipe.init} has seen no {part}: what reads them starts from random weights", markup=False)
         result = train(recipe, task, TrainData(recipe, examples, collate), run_dir, validation)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL, examples.labels)
     return result
+
+
+def _fits(recipe: FinetuneRecipe, start: Pretrained | Finetuned) -> list[str]:
+    """Of "images" and "texts", what the task reads and the run to start from has not seen.
+
+    Raises UserError: the task reads texts, and the run's tokenizer knows no words. Or the run has seen nothing of what
+    the task reads, so that nothing would be gained from it.
+    """
+    reads = READS[recipe.task]
+    if "texts" in reads and not start.text_tokenizer.knows_words:
+        raise UserError(
+            f"{recipe.init}: has read no texts, so its tokenizer knows no words, and {recipe.task} needs them: "
+            "pre-train with texts or pairs in data.batch, or with a data.text_tokenizer.path"
+        )
+    if recipe.train.scratch or isinstance(start, Finetuned):
+        return []
+    seen = {"images": start.recipe.reads_images, "texts": start.recipe.reads_texts}
+    unseen = [part for part in reads if not seen[part]]
+    if len(unseen) == len(reads):
+        raise UserError(
+            f"{recipe.init}: has seen no {unseen[0]}, and {recipe.task} reads nothing else: start from a run that has, "
+            "or from random weights with train.scratch=true"
+        )
+    return unseen
 
 
 def with_steps(recipe: FinetuneRecipe, examples: Examples) -> FinetuneRecipe:
@@ -91,7 +119,10 @@ def with_steps(recipe: FinetuneRecipe, examples: Examples) -> FinetuneRecipe:
 def _judge(data: EvalData, device: torch.device, workers: int) -> Callable[[Task], float]:
     def score(task: Task) -> float:
         assert isinstance(task, Downstream)
-        scores = answer_all(task, data, device, workers).scores(task)
+        try:
+            scores = answer_all(task, data, device, workers).scores(task)
+        except NotFinite as error:
+            raise UserError(f"{data.examples.name}: {error}") from None
         if type(task).main not in scores or scores[type(task).main].n == 0:
             raise UserError(f"{data.examples.name}: no example can be scored, so no weights can be chosen by it")
         return scores[type(task).main].value

@@ -50,6 +50,7 @@ class Memory:
     lowest: float | None = None  # level: the median of the last WINDOW losses
     spread: float = 0.0  # of the losses when the level was lowest, a robust standard deviation
     held_back: int = 0  # updates in a row, up to now
+    held_back_in_all: int = 0
     roll_backs: int = 0  # since the run last made progress
     best_step: int = 0  # the furthest step it had reached when it last rolled back
     idle: dict[str, list[int]] = field(default_factory=dict)
@@ -119,6 +120,7 @@ class Guard:
                 self.memory.held_back = 0
                 continue
             self.memory.held_back += 1
+            self.memory.held_back_in_all += 1
             if not finite:
                 cause = "the loss is no number" if not math.isfinite(loss) else "the gradient is no number"
             else:
@@ -137,6 +139,7 @@ class Guard:
         """The weights are those of a checkpoint again, whose `state` this is; count that it happened."""
         kept = self.memory
         self.memory = Memory(**state)
+        self.memory.held_back_in_all = kept.held_back_in_all
         self.memory.roll_backs, self.memory.best_step = kept.roll_backs + 1, max(kept.best_step, step)
         for name, layer in self.layers.items():
             layer.pressure = self.memory.pressure.get(name, 1.0)

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from vlmoe.config import FinetuneRecipe, Recipe, TrainConfig, UserError, to_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import BadBudget, Step, make_loader
+from vlmoe.model.device import pick_device, pick_precision
 from vlmoe.moe import SoftMoELayer
 from vlmoe.tasks.base import StepOutput, Task
 from vlmoe.tasks.pretrain import balance_beyond_passes
@@ -32,7 +33,7 @@ from vlmoe.train.allocator import keep_freed_memory
 from vlmoe.train.guard import Guard
 from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.progress import Display
-from vlmoe.train.runlog import SKIPPED, RunError, RunLog, lock_run, machine
+from vlmoe.train.runlog import EVENTS, SKIPPED, RunError, RunLog, lock_run, machine
 from vlmoe.train.signals import StopRequest
 from vlmoe.train.watch import Watch
 
@@ -51,6 +52,7 @@ class TrainResult:
     steps: updates the model has now, over all launches. seconds, tokens_per_second, wait_share (of the loop's time,
     spent waiting for data): of this launch, 0 when it had nothing to do. final_loss: of the last step. stopped_by: the
     signal that ended the launch early, or None when the run is complete. resumed_from: the step it started at.
+    held_back: updates that the guard did not make, over all launches.
     """
 
     steps: int
@@ -60,6 +62,12 @@ class TrainResult:
     final_loss: float | None
     stopped_by: int | None
     resumed_from: int
+    held_back: int = 0
+
+    @property
+    def mostly_held_back(self) -> bool:
+        """Whether more than half of the updates were not made: such a run has learned little of what it was shown."""
+        return 2 * self.held_back > self.steps
 
     @property
     def stopped(self) -> bool:
@@ -117,26 +125,6 @@ def train(
         keep_freed_memory()
     with lock_run(run_dir):
         return Trainer(recipe, task, dataset, run_dir, device, validation, disturb).run()
-
-
-def pick_device(name: str) -> torch.device:
-    """'auto' is CUDA where there is one. Raises UserError when the device asked for is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"key 'train.device' got {name!r}, wanted auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"key 'train.device' got {name!r}, and this torch ({torch.__version__}) sees no CUDA device")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bf16 autocast on a CUDA device that has it; elsewhere fp32, as bf16 is slow on most CPUs."""
-    if name == "bf16" or (name == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
-        return torch.bfloat16
-    return torch.float32
 
 
 def seed_of(seed: int, micro_step: int) -> int:
@@ -235,6 +223,10 @@ class Trainer:
                 )
             else:
                 self._plot(display)
+            if result.mostly_held_back:
+                display.warn(
+                    f"{result.held_back} of {result.steps} updates were held back, see {self.run_dir / EVENTS}"
+                )
             return result
 
     # --------------------------------------------------------------------------------------------------------- loop
@@ -245,30 +237,33 @@ class Trainer:
         if self.state.bad:
             self.budget.load_state_dict(self.state.bad)
         with StopRequest() as stop:
-            # after the handlers, so that forked workers inherit them: Ctrl-C reaches the whole process group
-            data = self._open_data()
+            data = self._open_data(display)
             self.launched = _Clock(time.perf_counter())
             self.lap = _Clock(time.perf_counter())
             while not self._ended() and stop.number is None:
-                try:
-                    self._step(data, display)
-                    if self.data_moved:
-                        data, self.data_moved = self._open_data(), False
-                        continue
-                    self._validate(display)
-                except RuntimeError:
-                    if stop.number is None:  # else: a signal to the whole process group took the workers along
-                        raise
+                self._step(data, display)  # whole or, by an exception, the end: nothing is saved of a part of one
+                if self.data_moved:
+                    data, self.data_moved = self._open_data(display), False
+                    continue
+                self._validate(display)
                 if self.state.step % config.checkpoint_every == 0 and not self._ended() and self._healthy(display):
                     self._save()
             complete = self._ended()
             if complete:
                 self.budget.finish()
             self._save()
+            if self.guard is not None and self.guard.memory.held_back_in_all:
+                held_back = self.guard.memory.held_back_in_all
+                self.log.event("held back in all", step=self.state.step, updates=held_back)
             return None if complete else stop.number
 
-    def _open_data(self) -> Iterator[Step]:
+    def _open_data(self, display: Display) -> Iterator[Step]:
         """From the next micro-batch on, as many as the steps that are left."""
+
+        def lost(micro_step: int, cause: str) -> None:
+            self.log.event("worker replaced", step=self.state.step, micro_step=micro_step, cause=cause)
+            display.warn(f"step {self.state.step + 1}: a data worker was {cause}; it is replaced")
+
         left = (self.config.steps - self.state.step) * self.config.accumulate
         return iter(
             make_loader(
@@ -277,6 +272,7 @@ class Trainer:
                 stop=self.state.micro_step + left,
                 workers=self.recipe.data.workers,
                 device=self.device,
+                lost=lost,
             )
         )
 
@@ -495,7 +491,10 @@ class Trainer:
 
     def _result(self, stopped_by: int | None) -> TrainResult:
         seconds, speed, wait_share = self.launched.rates() if self.state.step > self.resumed_from else (0.0, 0.0, 0.0)
-        return TrainResult(self.state.step, seconds, speed, wait_share, self._loss(), stopped_by, self.resumed_from)
+        held_back = self.guard.memory.held_back_in_all if self.guard is not None else 0
+        return TrainResult(
+            self.state.step, seconds, speed, wait_share, self._loss(), stopped_by, self.resumed_from, held_back
+        )
 
 
 def routing_every(config: TrainConfig) -> int:

@@ -16,13 +16,18 @@ from vlmoe.tasks.base import Task
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of update number `step`, the first being 1: linear warm-up to `lr`, then half a cosine down to `min_lr`.
+    """Rate of update number `step`, the first being 1: linear warm-up to `lr`, then down to `min_lr`.
 
-    The rate is `lr` at step `warmup` and `min_lr` at the last step. A `min_lr` above `lr` counts as `lr`.
+    cosine: half a cosine from step `warmup` on. constant_decay: `lr` until `decay_steps` before the end, then a
+    straight line (warm-up, stable, decay: Hu et al. 2024, MiniCPM). The rate is `lr` at step `warmup` and `min_lr` at
+    the last step. A `min_lr` above `lr` counts as `lr`.
     """
     if step <= config.warmup:
         return config.lr * step / config.warmup
     low = min(config.min_lr, config.lr)
+    if config.schedule == "constant_decay":
+        left = (config.steps - step) / max(1, config.decay_steps)
+        return low + (config.lr - low) * max(0.0, min(1.0, left))
     done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
     return low + (config.lr - low) * 0.5 * (1.0 + math.cos(math.pi * done))
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from vlmoe.config import Recipe, UserError
 from vlmoe.data.loader import StepData, held_out, make_loader
 from vlmoe.data.text_tokenizer import DESCRIPTION, TextTokenizer, build_text_tokenizer, load_text_tokenizer
-from vlmoe.data.visual_tokenizer import StoredCodes, VisualTokenizer, VQTokenizer, train_vq
+from vlmoe.data.visual_tokenizer import VisualTokenizer, VQTokenizer
+from vlmoe.data.visual_training import train_vq
 from vlmoe.model import describe
 from vlmoe.tasks.export import Pretrained, export, load_pretrained, load_visual_tokenizer
 from vlmoe.tasks.init import continue_from
@@ -49,6 +50,7 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
         visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
         if start is not None:
             _check_tokenizers(start, text_tokenizer, visual_tokenizer)
+            task.use(visual_tokenizer)  # the run to start from may have had none
             if upcycled is not None:
                 note_event(run_dir, "upcycled", init=recipe.init, **vars(upcycled))
         else:
@@ -82,20 +84,24 @@ def _take_tokenizers(start: Pretrained, recipe: Recipe, folder: Path) -> None:
     """Those of the run to start from, unless the run has some or its recipe names others."""
     visual = start.visual_tokenizer
     if (
-        isinstance(visual, VQTokenizer)
+        recipe.reads_images
+        and isinstance(visual, VQTokenizer)
         and not recipe.data.visual_tokenizer.path
         and not (folder / "visual.json").exists()
     ):
         visual.save(folder)
-    if not recipe.data.text_tokenizer.path and not (folder / DESCRIPTION).exists():
+    if start.recipe.reads_texts and not recipe.data.text_tokenizer.path and not (folder / DESCRIPTION).exists():
         start.text_tokenizer.save(folder)
 
 
-def _check_tokenizers(start: Pretrained, text: TextTokenizer, visual: VisualTokenizer) -> None:
-    """Raises UserError where words or codes have other numbers than those the weights have learned."""
+def _check_tokenizers(start: Pretrained, text: TextTokenizer, visual: VisualTokenizer | None) -> None:
+    """Raises UserError where words or codes have other numbers than those the weights have learned. A run that saw no
+    texts has learned none, and one that saw no images no codes."""
     words = [[t.decode([i]) for i in range(t.size)] for t in (start.text_tokenizer, text)]
-    if words[0] != words[1]:
+    if start.recipe.reads_texts and words[0] != words[1]:
         raise UserError(f"init={start.path}: the text tokenizer there is not this run's, so words would be mistaken")
+    if start.visual_tokenizer is None or visual is None:
+        return
     then, now = (v.state_dict() if isinstance(v, VQTokenizer) else {} for v in (start.visual_tokenizer, visual))
     if then.keys() != now.keys() or not all(torch.equal(now[name].cpu(), then[name].cpu()) for name in now):
         raise UserError(f"init={start.path}: the visual tokenizer there is not this run's, so codes would be mistaken")
@@ -113,16 +119,15 @@ def prepare_text_tokenizer(recipe: Recipe, folder: Path, console: Console) -> Te
 
 def prepare_visual_tokenizer(
     recipe: Recipe, text_tokenizer: TextTokenizer, folder: Path, device: torch.device, console: Console
-) -> VisualTokenizer:
-    """The run's visual tokenizer: trained on the run's own images or read once, then kept with the run."""
+) -> VisualTokenizer | None:
+    """The run's visual tokenizer: trained on the run's own images or read once, then kept with the run. None where it
+    sees no images."""
     config = recipe.data.visual_tokenizer
-    kind = next((k for k in ("image", "pair") if getattr(recipe.data.batch, k)), None)
-    if config.type == "codes" or kind is None:
-        return StoredCodes(recipe.model.codes)
-    if not (folder / "visual.json").is_file():
+    if recipe.reads_images and config.type == "vq" and not (folder / "visual.json").is_file():
         if config.path:
             tokenizer = VQTokenizer.load(Path(config.path))
         else:
+            kind = "image" if recipe.data.batch.image else "pair"
             tokenizer = _train_visual_tokenizer(recipe, text_tokenizer, kind, device, console)
         tokenizer.save(folder)
     return load_visual_tokenizer(folder, recipe)
@@ -155,6 +160,12 @@ def _train_visual_tokenizer(
     console.print(
         f"visual tokenizer: {recipe.model.codes} codes, on held-out images {used:.0f}% in use "
         f"(perplexity {report['perplexity']:.0f}) and {explained:.0f}% of the pixels' variance explained",
+        highlight=False,
+    )
+    console.print(
+        f"visual tokenizer: the best code leads the second by a cosine of {report['gap']:.3f} (median); "
+        f"{100 * report['tied_bf16']:.1f}% of patches are nearer to a tie than bfloat16's rounding, "
+        f"{100 * report['tied_fp32']:.1f}% than float32's, in which they are encoded",
         highlight=False,
     )
     return tokenizer

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from vlmoe.config import FinetuneRecipe, Recipe, UserError, to_yaml
+from vlmoe.config import FinetuneRecipe, Recipe, UserError, parse_json, to_yaml
 
 METRICS, ROUTING, EVENTS, SKIPPED = "metrics.jsonl", "routing.jsonl", "events.jsonl", "skipped.jsonl"
 LOCK = ".lock"
@@ -230,4 +230,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [parse_json(line, str(path), nan=True) for line in lines[:-1]]

@@ -92,6 +92,18 @@ def test_answers_given_often_are_the_labels_when_there_are_any(tmp_path: Path) -
     assert read("vqa", **vqa(tmp_path, many)).labels == ("red",)
 
 
+def test_labels_are_the_chosen_answers_normalised(tmp_path: Path) -> None:
+    """As BEiT-3 and VLMo build them: from `multiple_choice_answer`, or where it lacks from the most common answer."""
+
+    def chosen(questions: dict[str, Any], annotations: dict[str, Any]) -> None:
+        first, second, third = annotations["annotations"]
+        first.update(multiple_choice_answer="12:30")
+        second.update(multiple_choice_answer="dont know!")
+        del third["multiple_choice_answer"]
+
+    assert read("vqa", **vqa(tmp_path, chosen)).labels == ("12:30", "don't know", "yes")
+
+
 def test_vqav2_test_sets_have_no_answers(tmp_path: Path) -> None:
     files = vqa(tmp_path)
     del files["annotations"]

@@ -204,7 +204,8 @@ def _describe(
         h = float(rng.uniform(1, 3))
         bits, chance = float(rng.uniform(0.0, 0.9)) * h, float(rng.uniform(0.01, 0.1))
         found["information"][name][factor] = {
-            "bits": bits, "chance": chance, "chance_high": chance * 1.5, "factor_bits": h, "share": (bits - chance) / h,
+            "bits": bits, "chance": chance, "chance_high": chance * 1.5, "sample_chance": 2 * chance,
+            "sample_chance_high": chance * 2.5, "factor_bits": h, "share": (bits - 2 * chance) / h,
             "tokens": len(rows),
         }  # fmt: skip
     if ablation and len(lifts) > 2:

@@ -161,6 +161,11 @@ def test_the_overview_names_only_factors_above_chance() -> None:
     row = {"bits": 0.5, "chance": 0.1, "chance_high": 0.2, "factor_bits": 2.0, "share": 0.2, "tokens": 100}
     run["information"]["1/text"] = {"word_class": row}
     assert "word class: 20% of what there is to know (0.40 of 2.00 bits" in told(run)["Who takes what"]
+    by_sample = {"sample_chance": 0.3, "sample_chance_high": 0.4, "share": 0.1}
+    run["information"]["1/text"] = {"word_class": row | by_sample}
+    assert "word class: 10% of what there is to know (0.20 of 2.00 bits" in told(run)["Who takes what"]
+    run["information"]["1/text"] = {"word_class": row | by_sample | {"sample_chance_high": 0.6}}
+    assert "tells nothing above chance" in told(run)["Who takes what"]
     run["information"]["1/text"] = {"word_class": row | {"chance_high": 0.6}}
     assert "tells nothing above chance" in told(run)["Who takes what"]
 

@@ -8,15 +8,28 @@ and evaluation leaves out and lists.
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmoe.config import FilesConfig, UserError
+from vlmoe.config import FilesConfig, UserError, read_json
+from vlmoe.data.accounts import short
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.images import decode_image
+from vlmoe.data.packed import Records
 from vlmoe.data.sample import BadSample
+
+_KEPT = ("key", "text", "text_pair", "references", "label", "group", "factors")  # of an entry: all but the images
+
+
+def _write(entry: Example) -> bytes:
+    return json.dumps([getattr(entry, name) for name in _KEPT]).encode()
+
+
+def _read(raw: bytes) -> Example:
+    values = dict(zip(_KEPT, json.loads(raw), strict=True))
+    return Example(**values | {"references": tuple(values["references"])})
 
 
 class FileExamples(ABC):
@@ -28,7 +41,7 @@ class FileExamples(ABC):
         self.files, self.image_size, self.max_pixels = files, image_size, max_pixels
         self.name = files.file
         self.labels: tuple[str, ...] = ()
-        self.entries: list[Example] = []
+        self.entries = Records(_write, _read)
 
     @abstractmethod
     def paths(self, index: int) -> list[Path]:
@@ -51,8 +64,8 @@ class FileExamples(ABC):
         try:
             raw = path.read_bytes()
         except OSError as error:
-            raise BadSample(str(path), f"cannot be read: {error.strerror or error}") from None
-        return decode_image(raw, str(path), self.image_size, self.max_pixels)
+            raise BadSample(short(os.fsencode(path)), f"cannot be read: {error.strerror or error}") from None
+        return decode_image(raw, short(os.fsencode(path)), self.image_size, self.max_pixels)
 
     def add(self, entry: Example, where: str, seen: dict[str, str]) -> None:
         """Take an entry. seen: key -> where it was. Raises UserError for a key that was there before."""
@@ -110,30 +123,15 @@ def read_text(path: str) -> str:
 def read_list(path: str, key: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A JSON object with a list of objects under `key`. Returns both."""
     try:
-        document = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(document, dict) or not isinstance(document.get(key), list):
+        document = read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(document.get(key), list):
         raise UserError(f"{path}: expected a JSON object with a list '{key}'")
     for number, entry in enumerate(document[key]):
         if not isinstance(entry, dict):
             raise UserError(f"{path}: {key}[{number}] is {type(entry).__name__}, expected an object")
     return document, document[key]
-
-
-def read_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file, line n", object) for each line of JSON; blank lines are passed over."""
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(entry, dict):
-            raise UserError(f"{where}: expected a JSON object, got {type(entry).__name__}")
-        yield where, entry
 
 
 def need(entry: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -149,9 +147,17 @@ def need(entry: dict[str, Any], key: str, kind: type | tuple[type, ...], where: 
 
 def below(folder: str, name: str, where: str) -> Path:
     """A path below the images' folder. Raises UserError for one that leads out of it."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise UserError(f"{where}: {name!r} is not a path below the images' folder")
     return Path(folder) / name
+
+
+def _path(raw: bytes) -> Path:
+    return Path(os.fsdecode(raw))
+
+
+def path_list() -> Records[Path]:
+    return Records(os.fsencode, _path)
 
 
 def images_folder(files: FilesConfig) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlmoe.config import FilesConfig, UserError
 from vlmoe.data.downstream.example import Example
-from vlmoe.data.downstream.files import FileExamples, below, images_folder, need, read_list
+from vlmoe.data.downstream.files import FileExamples, below, images_folder, need, path_list, read_list
 
 
 class Karpathy(FileExamples):
@@ -19,7 +19,7 @@ class Karpathy(FileExamples):
         self.task = task
         folder = images_folder(files)
         wanted = {part.strip() for part in files.part.split(",") if part.strip()}
-        self._images: list[Path] = []
+        self._images = path_list()
         seen: dict[str, str] = {}
         met: set[str] = set()
         for number, image in enumerate(read_list(files.file, "images")[1]):

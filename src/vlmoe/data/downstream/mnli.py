@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlmoe.config import FilesConfig, UserError
+from vlmoe.config import FilesConfig, UserError, json_lines
 from vlmoe.data.downstream.example import Example
-from vlmoe.data.downstream.files import FileExamples, need, read_lines, read_text
+from vlmoe.data.downstream.files import FileExamples, need, read_text
 
 LABELS = ("entailment", "neutral", "contradiction")
 NO_CONSENSUS = "-"  # of the annotators; such lines are left out, as in MNLI's own evaluation
@@ -48,7 +48,7 @@ Row = tuple[str, str, str, str, str | None, str]  # where, key, premise, hypothe
 
 
 def _jsonl(path: str) -> Iterator[Row]:
-    for where, line in read_lines(path):
+    for where, line in json_lines(path):
         premise, hypothesis = (need(line, column, str, where) for column in COLUMNS)
         label = line.get("gold_label")
         hidden = label is None or label == "hidden"

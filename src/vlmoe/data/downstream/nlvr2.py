@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmoe.config import FilesConfig, UserError
+from vlmoe.config import FilesConfig, UserError, json_lines
 from vlmoe.data.downstream.example import Example
-from vlmoe.data.downstream.files import FileExamples, below, images_folder, need, read_lines
+from vlmoe.data.downstream.files import FileExamples, below, images_folder, need, path_list
 from vlmoe.metrics import sentence_id
 
 LABELS = ("False", "True")
@@ -22,9 +22,9 @@ class NLVR2Files(FileExamples):
     def __init__(self, files: FilesConfig, image_size: int, max_pixels: int) -> None:
         super().__init__(files, image_size, max_pixels)
         folder, self.labels = images_folder(files), LABELS
-        self._pairs: list[list[Path]] = []
+        self._images = path_list()
         seen: dict[str, str] = {}
-        for where, line in read_lines(files.file):
+        for where, line in json_lines(files.file):
             key, sentence = need(line, "identifier", str, where), need(line, "sentence", str, where)
             try:
                 group = sentence_id(key)
@@ -41,8 +41,9 @@ class NLVR2Files(FileExamples):
             names = [f"{stem}-img{side}.png" for side in (0, 1)]
             if inside is not None:
                 names = [f"{inside}/{name}" for name in names]
-            self._pairs.append([below(folder, name, where) for name in names])
+            for name in names:
+                self._images.append(below(folder, name, where))
         self.check_filled()
 
     def paths(self, index: int) -> list[Path]:
-        return self._pairs[index]
+        return [self._images[2 * index], self._images[2 * index + 1]]

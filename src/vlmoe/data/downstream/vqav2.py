@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmoe.config import FilesConfig, UserError
 from vlmoe.data.downstream.example import Example
-from vlmoe.data.downstream.files import FileExamples, images_folder, need, read_list
+from vlmoe.data.downstream.files import FileExamples, images_folder, need, path_list, read_list
 from vlmoe.metrics import normalize_answer
 
 MIN_COUNT = 9  # an answer given less often in training is not learned (the usual 3,129 of VQAv2 are those with more)
@@ -17,9 +17,10 @@ MIN_COUNT = 9  # an answer given less often in training is not learned (the usua
 class VQAv2(FileExamples):
     """files.file: questions; files.annotations: their answers, none for test sets; files.images: the folder.
 
-    labels: None takes the `answers` most frequent of these annotations' (normalised) most common answers, of those
-    given at least nine times if there are any; equals in alphabetical order. unanswerable: questions none of whose
-    answers is among the labels.
+    labels: None takes the `answers` most frequent of the annotations' `multiple_choice_answer` (where it lacks, of the
+    annotators' most common answers), normalised, of those given at least nine times if there are any; equals in
+    alphabetical order. This is how BEiT-3 and VLMo build theirs. unanswerable: questions none of whose answers is among
+    the labels.
     """
 
     task = "vqa"
@@ -32,7 +33,8 @@ class VQAv2(FileExamples):
         document, questions = read_list(files.file, "questions")
         annotations = _annotations(files.annotations) if files.annotations else {}
         subtype = str(document.get("data_subtype", ""))
-        self._images: list[Path] = []
+        self._images = path_list()
+        majors: list[str] = []
         seen: dict[str, str] = {}
         for number, question in enumerate(questions):
             where = f"{files.file}: questions[{number}]"
@@ -47,6 +49,7 @@ class VQAv2(FileExamples):
                 if found.get("image_id") != image:
                     raise UserError(f"{at}: image_id is {found.get('image_id')!r}, its question's is {image}")
                 references = tuple(_answers(found, at))
+                majors.append(_major(found, references))
                 factors = {"kind": str(found.get("answer_type", "")), "type": str(found.get("question_type", ""))}
             text = need(question, "question", str, where)
             self.add(Example(key, (), text, None, references, None, "", factors), where, seen)
@@ -57,7 +60,7 @@ class VQAv2(FileExamples):
         self.check_filled()
         if labels is None and not files.annotations:
             raise UserError(f"{files.file}: set 'annotations' beside it, the answers to train on")
-        self.labels = _frequent(self.entries, answers) if labels is None else labels
+        self.labels = _frequent(majors, answers) if labels is None else labels
         known = set(self.labels)
         self.unanswerable = sum(not known & {normalize_answer(r) for r in e.references} for e in self.entries)
 
@@ -83,9 +86,16 @@ def _answers(annotation: dict[str, Any], where: str) -> list[str]:
     return [a["answer"] for a in answers]
 
 
-def _frequent(entries: list[Example], answers: int) -> tuple[str, ...]:
-    most_common = (Counter(map(normalize_answer, e.references)).most_common(1)[0][0] for e in entries)
-    counts = Counter(answer for answer in most_common if answer)
+def _major(annotation: dict[str, Any], references: tuple[str, ...]) -> str:
+    """The answer, normalised, that stands for a question among the labels."""
+    chosen = annotation.get("multiple_choice_answer")
+    if isinstance(chosen, str):
+        return normalize_answer(chosen)
+    return Counter(map(normalize_answer, references)).most_common(1)[0][0]
+
+
+def _frequent(majors: list[str], answers: int) -> tuple[str, ...]:
+    counts = Counter(answer for answer in majors if answer)
     often = {a: n for a, n in counts.items() if n >= MIN_COUNT} or counts
     return tuple(sorted(often, key=lambda a: (-often[a], a))[:answers])
 

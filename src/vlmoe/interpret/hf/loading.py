@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlmoe.config import UserError
+from vlmoe.config import UserError, read_json
 from vlmoe.data.images import SUFFIXES
 from vlmoe.interpret.hf.adapters import adapter_for
 from vlmoe.interpret.hf.subject import HFSubject, marks_of
@@ -72,10 +71,10 @@ def _config(folder: Path) -> Any:
     if not file.is_file():
         raise UserError(f"{folder}: no config.json; expected a model in transformers' format")
     try:
-        given = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {_line(error)}") from None
-    if not isinstance(given, dict) or not given.get("model_type"):
+        given = read_json(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    if not given.get("model_type"):
         raise UserError(f"{file}: key 'model_type': expected a type of model of transformers, got none")
     try:
         return transformers.AutoConfig.from_pretrained(folder, **LOCAL)
@@ -121,7 +120,7 @@ def read_texts(file: Path) -> list[str]:
         UserError: no such file, not UTF-8, no text in it, more than 100,000.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: expected UTF-8 text: {error}") from None
     except OSError as error:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,6 +16,7 @@ from vlmoe.interpret.findings import find_run, find_two
 from vlmoe.interpret.gather import Progress as Say
 from vlmoe.interpret.gather import find
 from vlmoe.interpret.report.build import build
+from vlmoe.model.device import pick_device
 
 PAGE = "report.html"
 SAMPLES = 256  # of each kind of data, or texts
@@ -88,10 +88,8 @@ def _of_transformers(
     said, files = read_texts(texts), None if images is None else read_images(images)
     if files is not None and len(files) != len(said):
         raise UserError(f"{images}: expected an image for each of the {len(said)} texts of {texts}, found {len(files)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     say("reading the model", 0, 1)
-    subject = load_hf(folder, device)
+    subject = load_hf(folder, str(pick_device(device, "--device")))
     batches = subject.batches(said[:samples], None if files is None else files[:samples], BATCH)
     about = {
         "model": str(folder),

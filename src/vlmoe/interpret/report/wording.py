@@ -59,9 +59,14 @@ def peak(use: Json) -> float:
     return given if is_number(given) else max(use["share"], default=0.0) * len(use["share"])
 
 
+def above_chance(row: Json) -> bool:
+    """Whether the bits are more than permuted labels give, by token and (where findings have it) by sample."""
+    return row["bits"] > max(row["chance_high"], row.get("sample_chance_high", 0.0))
+
+
 def told(row: Json) -> float:
     """Share of a factor's bits that the expert tells; none where chance gives as many."""
-    return row["share"] if row["bits"] > row["chance_high"] else 0.0
+    return row["share"] if above_chance(row) else 0.0
 
 
 def tokens_with(row: Json) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from vlmoe.interpret.report.wording import (
     Json,
     Point,
+    above_chance,
     by_modality,
     change,
     expert_link,
@@ -100,7 +101,7 @@ def _specialisation(run: Json) -> list[Point]:
             (row["share"], site, factor, row)
             for site in sites
             for factor, row in (run["information"].get(site["name"]) or {}).items()
-            if is_number(row.get("share")) and row["bits"] > row["chance_high"]
+            if is_number(row.get("share")) and above_chance(row)
         ]
         name = f"{modality} expert" if modality else "expert"
         rows = [r for r in rows if r[3]["tokens"] >= COMMON * run["use"][r[1]["name"]]["tokens"]] or rows
@@ -112,8 +113,9 @@ def _specialisation(run: Json) -> list[Point]:
         points.append([
             f"Which {name} a token goes to tells most about its ",
             link(plain(factor), "information", site["name"]),
-            f": {percent(share)} of what there is to know ({row['bits'] - row['chance']:.2f} of "
-            f"{row['factor_bits']:.2f} bits, after taking off chance), at {site_name(site)}.",
+            f": {percent(share)} of what there is to know ({row['bits'] - row.get('sample_chance', row['chance']):.2f} "
+            f"of {row['factor_bits']:.2f} bits, after taking off what whole samples' labels give when they are "
+            f"exchanged), at {site_name(site)}.",
         ])  # fmt: skip
         points += [_example(run, *found) for found in _telling(run, sites)]
     return points
@@ -126,7 +128,7 @@ def _telling(run: Json, sites: list[Json]) -> list[tuple[str, int, Json]]:
         for site in sites
         for e, expert in enumerate(run["experts"][site["name"]])
         for row in expert.get("values") or []
-        if row["lift"] >= TELLING_LIFT and row["tokens"] >= TELLING_TOKENS
+        if row["lift"] >= TELLING_LIFT and row["tokens"] >= TELLING_TOKENS and _borne_out(run, site["name"], row)
     ]
     best: list[tuple[str, int, Json]] = []
     for _, site, e, row in sorted(found, key=lambda f: -f[0]):
@@ -135,6 +137,12 @@ def _telling(run: Json, sites: list[Json]) -> list[tuple[str, int, Json]]:
         if len(best) == EXAMPLES:
             break
     return best
+
+
+def _borne_out(run: Json, site: str, row: Json) -> bool:
+    """Whether the expert tells of the row's factor above chance, where that was measured."""
+    information = (run["information"].get(site) or {}).get(row["factor"])
+    return information is None or above_chance(information)
 
 
 def _example(run: Json, site: str, expert: int, row: Json) -> Point:
