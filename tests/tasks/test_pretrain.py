@@ -197,7 +197,7 @@ def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
         ("3/text", stats([2, 2], 7.0, 4)),
     ]
     found = summarise_routing(routed)
-    loss, metrics, load = found.loss, found.metrics, found.load
+    loss, metrics, load = float(found.loss), found.metrics, found.load
     assert loss.item() == pytest.approx((3 * 1.0 + 1 * 5.0) / 4 + 7.0)
     assert metrics["text/balance"].item() == pytest.approx((2.0 + 7.0) / 2)
     assert metrics["text/max_load"].item() == pytest.approx((1.5 + 1.0) / 2)
@@ -206,5 +206,5 @@ def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
 
 def test_no_sparse_layer_means_no_routing() -> None:
     found = summarise_routing([])
-    loss, metrics, load = found.loss, found.metrics, found.load
-    assert (loss.item(), metrics, load) == (0.0, {}, {})
+    loss, metrics, load = float(found.loss), found.metrics, found.load
+    assert (loss, metrics, load) == (0.0, {}, {})

@@ -18,7 +18,8 @@ from vlmoe.moe.routing import Routing, probabilities
 def count_tokens(routing: Routing, mask_N: Tensor | None) -> Tensor:
     """Real tokens: int64 scalar on the routing's device."""
     if mask_N is None:
-        return torch.tensor(routing.logits_NE.shape[0], device=routing.logits_NE.device)
+        tokens, device = routing.logits_NE.shape[0], routing.logits_NE.device
+        return torch.full((), tokens, dtype=torch.int64, device=device)  # no copy from the host, which would wait
     return mask_N.sum()
 
 
@@ -136,7 +137,7 @@ def global_entropy_loss(routing: Routing, mask_N: Tensor | None = None, *, exper
     mean_E = _mean(_clean(routing), mask_N)
     wanted = math.log(len(mean_E) if experts is None else experts)
     if mask_N is not None:  # over no tokens at all there is nothing to spread
-        return torch.where(mask_N.any(), (wanted - _entropy(mean_E)).clamp(min=0), 0.0)
+        return (wanted - _entropy(mean_E)).clamp(min=0).masked_fill(~mask_N.any(), 0)
     return (wanted - _entropy(mean_E)).clamp(min=0)
 
 

@@ -9,6 +9,7 @@ Shape suffixes: N tokens · K chosen experts of a token · A = N*K choices · D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,18 +101,19 @@ def plan_dispatch(
     kept_A = None if real_NK is None else key_A < E
     if capacity_factor is not None:
         real = N if mask_N is None else mask_N.sum()
-        capacity = _capacity(capacity_factor, K, E, real, device)
+        capacity = _capacity(capacity_factor * K / E, real)
         rank_A = _rank_in_expert(key_A, order_A, count_E)
         kept_A = (rank_A < capacity) & (key_A < E)
         order_A, count_E = _sort_by_expert(torch.where(kept_A, key_A, E), E, None)
     return _lay_out(order_A, count_E, kept_A, (N, K), slots)
 
 
-def _capacity(factor: float, K: int, E: int, real: int | Tensor, device: torch.device) -> Tensor:
-    """Choices an expert may take; a tensor, so that a GPU's token count need not travel to the host. The small term
-    keeps 1.1 * 10 from rounding up to 12."""
-    tokens = torch.as_tensor(real, device=device, dtype=torch.float64)
-    return torch.ceil(tokens * (factor * K / E) - 1e-6).to(torch.int64)
+def _capacity(share: float, real: int | Tensor) -> int | Tensor:
+    """Choices an expert may take: a number where the count of tokens is one, a tensor where only the device knows it.
+    The small term keeps 1.1 * 10 from rounding up to 12."""
+    if isinstance(real, int):
+        return math.ceil(real * share - 1e-6)
+    return torch.ceil(real.double() * share - 1e-6).to(torch.int64)
 
 
 def _in_turn(gate_NK: Tensor, priority: str) -> Tensor | None:

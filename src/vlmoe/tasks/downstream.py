@@ -103,7 +103,7 @@ class Downstream(Task):
         routing = summarise_routing(routed)
         named = {f"{self.task}/{name}": value.detach() for name, value in metrics.items()}
         task_loss = {f"{self.task}/loss": loss.detach()}
-        total = loss + routing.loss.to(loss.device)
+        total = loss + routing.loss
         return StepOutput(total, task_loss | named | routing.metrics, routing.load, routing.layers, routing.spans)
 
     def tokens(self, batches: dict[str, Batch]) -> int:

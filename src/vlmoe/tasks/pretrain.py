@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmoe.config import ModelConfig
-from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.data.batch import Batch
 from vlmoe.data.visual_tokenizer import VisualTokenizer
 from vlmoe.model import Backbone, BackboneOutput
 from vlmoe.moe import RoutingStats
@@ -108,17 +108,18 @@ class MaskedDataModelling(Task):
         return total
 
     def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor, Tensor]:
-        assert batch.patch_mask_BP is not None
         if self.visual_tokenizer is None:
             raise ValueError("masked image modelling needs a visual tokenizer; this model was built without one")
-        target_M = self.visual_tokenizer.encode(batch)[batch.patch_mask_BP]
-        x_MD = output.features("vision")[:, 1:][batch.patch_mask_BP]  # the class token has no code
+        hidden_M = batch.hidden_patches()
+        target_M = self.visual_tokenizer.encode(batch).flatten().index_select(0, hidden_M)
+        x_MD = output.features("vision")[:, 1:].flatten(0, 1).index_select(0, hidden_M)  # the class token has no code
         return _predict(self.image_head(x_MD), target_M)
 
     def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor, Tensor]:
         assert batch.target_BT is not None
-        hidden_BT = batch.target_BT != IGNORE
-        return _predict(self.text_logits(output.features("text")[hidden_BT]), batch.target_BT[hidden_BT])
+        hidden_M = batch.hidden_tokens()
+        x_MD = output.features("text").flatten(0, 1).index_select(0, hidden_M)
+        return _predict(self.text_logits(x_MD), batch.target_BT.flatten().index_select(0, hidden_M))
 
 
 def pool(losses: dict[str, Tensor], counts: dict[str, Tensor]) -> Tensor:
@@ -140,16 +141,16 @@ def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Mean cross-entropy in float32, number of predictions, accuracy."""
     logits_MV = logits_MV.float()
     accuracy = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
-    count = torch.tensor(len(target_M), device=target_M.device)
+    count = torch.full((), len(target_M), device=target_M.device)  # no copy from the host, which would wait
     return F.cross_entropy(logits_MV, target_M), count, accuracy
 
 
 @dataclass
 class RoutingSummary:
-    """loss: of routing, with gradient. metrics: averaged over the layers of a modality ("vision/balance",
+    """loss: of routing, with gradient, or 0.0 where nothing was routed. metrics: averaged over the layers of a modality ("vision/balance",
     "text/max_load", ...). load, layers, spans: see `StepOutput`."""
 
-    loss: Tensor
+    loss: Tensor | float
     metrics: dict[str, Tensor]
     load: dict[str, Tensor]
     layers: dict[str, dict[str, Tensor]]
@@ -165,13 +166,13 @@ def summarise_routing(routed: Iterable[tuple[str, RoutingStats]]) -> RoutingSumm
     passes: dict[str, list[RoutingStats]] = {}
     for name, stats in routed:
         passes.setdefault(name, []).append(stats)
-    found = RoutingSummary(torch.zeros(()), {}, {}, {}, {})
+    found = RoutingSummary(0.0, {}, {}, {}, {})
     by_modality: dict[str, list[Tensor]] = {}
     for name, layer in passes.items():
         modality = name.rsplit("/", 1)[1]
         tokens = torch.stack([s.tokens for s in layer])
         share = tokens.float() / tokens.sum().clamp_min(1)
-        found.loss = found.loss.to(share.device) + (torch.stack([s.loss for s in layer]) * share).sum()
+        found.loss = found.loss + (torch.stack([s.loss for s in layer]) * share).sum()
         found.load[name] = load_E = torch.stack([s.load_E for s in layer]).sum(dim=0).detach()
         sums = [s.balance for s in layer if s.balance is not None]
         if sums:
