@@ -1,5 +1,8 @@
 """Who gets which row, who is dropped, and the way there and back."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,6 +54,48 @@ def test_second_choices_count() -> None:
     plan = plan_dispatch(routing, capacity_factor=1.0)
     assert plan.kept_NK is not None
     assert plan.kept_NK.tolist() == [[True, True], [True, False], [True, True]]
+
+
+@pytest.mark.parametrize(
+    ("priority", "kept"),
+    [
+        ("batch", ["1", "2", "", "1", "1"]),
+        ("arrival", ["12", "12", "", "", ""]),
+        ("first_arrival", ["1", "1", "1", "1", ""]),
+        ("first_batch", ["1", "", "1", "1", "1"]),
+    ],
+)
+def test_first_choices_may_come_first(priority: str, kept: list[str]) -> None:
+    """Each expert has two places: ceil(.4 * 2 * 5 / 2). kept: which of each token's choices."""
+    index = [[1, 0], [0, 1], [1, 0], [0, 1], [0, 1]]
+    gate = [[0.5, 0.4], [0.55, 0.45], [0.42, 0.3], [0.9, 0.1], [0.6, 0.05]]
+    plan = plan_dispatch(chosen(index, gate, 2), capacity_factor=0.4, priority=priority)
+    assert plan.kept_NK is not None and plan.count_E.tolist() == [2, 2]
+    assert ["1" * first + "2" * second for first, second in plan.kept_NK.tolist()] == kept
+
+
+def vmoe_kept(index: list[list[int]], gate: list[list[float]], experts: int, capacity: int, batch: bool) -> list[Any]:
+    """V-MoE's Top-Experts-Per-Item routing, choice by choice."""
+    order = sorted(range(len(index)), key=lambda n: -gate[n][0]) if batch else range(len(index))
+    filled, kept = [0] * experts, [[False] * len(index[0]) for _ in index]
+    for j in range(len(index[0])):
+        for n in order:
+            kept[n][j] = filled[index[n][j]] < capacity
+            filled[index[n][j]] += 1
+    return kept
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("factor", [0.3, 0.7, 1.0])
+def test_first_choices_first_is_what_vmoe_does(k: int, factor: float) -> None:
+    torch.manual_seed(k)
+    routing = route(2 * torch.randn(30, 5), k)
+    index, gate = routing.expert_index_NK.tolist(), routing.gate_NK.tolist()
+    capacity = math.ceil(factor * k * 30 / 5)
+    for priority, batch in (("first_batch", True), ("first_arrival", False)):
+        plan = plan_dispatch(routing, capacity_factor=factor, priority=priority)
+        assert plan.kept_NK is not None
+        assert plan.kept_NK.tolist() == vmoe_kept(index, gate, 5, capacity, batch)
 
 
 def test_combine_by_hand() -> None:

@@ -379,7 +379,7 @@ def test_frozen_experts_and_frozen_input() -> None:
         ({"k": 0}, "k: expected"),
         ({"width": 0}, "width: expected"),
         ({"activation": "tanh"}, "activation: expected one of gelu, relu, swiglu, got 'tanh'"),
-        ({"priority": "random"}, "priority: expected one of batch, arrival, got 'random'"),
+        ({"priority": "random"}, "priority: expected one of batch, arrival, first_batch, first_arrival, got 'random'"),
         ({"backend": "fast"}, "backend: expected one of auto, loop, padded, grouped, got 'fast'"),
         ({"capacity_factor": 0.0}, "capacity_factor: expected a number above 0"),
         ({"capacity_factor_eval": float("nan")}, "capacity_factor_eval: expected a number above 0"),

@@ -144,6 +144,7 @@ def test_soft_mixture_by_hand() -> None:
     mask[1, 3:] = False
     y, stats = moe(x, mask)
     phi = torch.nn.functional.normalize(moe.router.weight, dim=-1)
+    squares = torch.zeros((), dtype=torch.float64)
     for b, n in ((0, 5), (1, 3)):
         real = x[b, :n]
         logits = torch.nn.functional.normalize(real, dim=-1) @ phi.t() * D**0.5
@@ -155,7 +156,9 @@ def test_soft_mixture_by_hand() -> None:
                 h = torch.nn.functional.gelu(slot @ moe.experts.w1[e] + moe.experts.b1[e])  # type: ignore[index]
                 expected += out[:, 2 * e + s, None] * (h @ moe.experts.w2[e] + moe.experts.b2[e])  # type: ignore[index]
         torch.testing.assert_close(y[b, :n], expected)
+        squares += logits.square().sum()
     assert (y[1, 3:] == 0).all()
+    torch.testing.assert_close(stats.logit_size, (squares / (8 * 2 * E)).sqrt())  # of real tokens, each slot
     assert stats.tokens == 8
     assert stats.load_E.sum() == 8
 

@@ -1,6 +1,7 @@
 """Routing and its losses against values worked out by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,6 +119,46 @@ def test_load_loss_is_the_chance_to_be_chosen_again() -> None:
     frequency_E = (redrawn > threshold).double().mean(0)
     expected = frequency_E.var(correction=0) / frequency_E.mean() ** 2
     assert balance.load_loss(r).item() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_load_loss_with_a_bias_is_the_chance_to_be_chosen_again(scores: str, k: int) -> None:
+    """Redraw one expert's noise many times, and count how often it is chosen before the k-th expert that was."""
+    torch.manual_seed(2)
+    logits, std, bias = torch.randn(1, 4).double(), 0.7, torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
+    r = route(logits, k, noise_std=std, scores=scores, bias_E=bias)
+    kth, redrawn = r.expert_index_NK[0, -1], 200000
+    frequency = []
+    for e in range(4):
+        noisy = r.noisy_NE.expand(redrawn, 4).clone()
+        noisy[:, e] = logits[0, e] + std * torch.randn(redrawn)
+        score = (noisy.sigmoid() if scores == "sigmoid" else noisy.softmax(-1)) + bias
+        won = score[:, e] > score[:, kth] if e != kth else noisy[:, e] > r.noisy_NE[0, e]
+        frequency.append(won.double().mean())
+    expected_E = torch.stack(frequency)
+    expected = expected_E.var(correction=0) / expected_E.mean() ** 2
+    assert balance.load_loss(r).item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_load_loss_with_a_bias_by_hand() -> None:
+    # Sigmoid scores .5, .5, .25 of noisy logits 0, 0, -ln 3; biases 0, -.25, .25 choose expert 0 or 2 (.5 each): k = 2
+    # takes both, the last chosen has .5. Expert 0 needs a score of .5, expert 1 of .75, expert 2 of .25: logits 0, ln 3
+    # and -ln 3; its own noise-free logits are these minus 1, std 1: chances Phi(-1) each, so they are even.
+    third = math.log(3)
+    r = Routing(
+        torch.tensor([[0, 2]]), torch.tensor([[0.5, 0.25]]), torch.tensor([[-1.0, third - 1, -third - 1]]),
+        torch.tensor([[0.0, 0.0, -third]]), torch.full((1, 3), 1 / 3), 1.0, "sigmoid",
+        bias_E=torch.tensor([0.0, -0.25, 0.25]),
+    )  # fmt: skip
+    close(balance.load_loss(r), 0.0)
+    # Without a bias the threshold is -ln 3 for all: chances Phi of the excesses
+    chance = torch.tensor([-1 + third, 2 * third - 1, -1.0]).double()
+    chance = torch.distributions.Normal(0.0, 1.0).cdf(chance)
+    close(balance.load_loss(replace(r, bias_E=None)), chance.var(correction=0) / chance.mean() ** 2)
+    # Softmax: d = 0 everywhere is no bias at all
+    soft = route(torch.randn(5, 4), 2, noise_std=0.5)
+    close(balance.load_loss(replace(soft, bias_E=torch.full((4,), 0.1))), balance.load_loss(soft))
 
 
 def test_load_loss_without_noise_is_refused() -> None:

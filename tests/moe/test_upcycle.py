@@ -106,7 +106,7 @@ def test_what_cannot_be_the_dense_layers_is_measured_and_refused(
 
 
 def test_width_768_with_32_experts() -> None:
-    """The published width and count: one of 32 is measured, two renormalised, whole or half ones are the dense layer."""
+    """The published width and count: one is measured, two renormalised, whole or half ones are the dense layer."""
     source, x = dense(768, 384), [(torch.randn(64, 768), None)]  # an eighth of the hidden units, for the test's time
     assert 0.15 < upcycle(MoELayer(768, 384, 32, k=1), source, x, allow_inexact=True) < 0.4
     assert upcycle(MoELayer(768, 384, 32, k=2, renormalize=True), source, x) < 1e-6

@@ -51,12 +51,14 @@ def gradients(task: Task, micro_batches: list[dict[str, Batch]]) -> dict[str, Te
 
 
 def check(task: Task, one: dict[str, Batch], other: dict[str, Batch]) -> None:
-    task.double().eval()
+    task.double().eval()  # losses are taken in float32 all the same
     apart = gradients(task, [one, other])
     together = gradients(task, [{kind: joined(one[kind], other[kind]) for kind in one}])
     assert apart.keys() == together.keys()
     for name, gradient in together.items():
-        torch.testing.assert_close(apart[name], gradient, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            apart[name], gradient, rtol=2e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def hidden(batch: Batch, count: int) -> Batch:

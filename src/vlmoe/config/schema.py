@@ -25,8 +25,10 @@ class RouterConfig:
     noise: float = 1.0  # std of the training noise on the logits, in units of 1/E (V-MoE: 1.0; 0 turns it off)
     capacity_factor: float | None = None  # None: dropless
     capacity_factor_eval: float | None = None
-    priority: str = "batch"  # batch: largest gates keep their place; arrival: first come, first served
-    balance: float = 0.01  # weight of the Switch/GShard balance loss
+    priority: str = "batch"  # who keeps a place: batch, largest gates; arrival, first come, first served; first_batch
+    # and first_arrival place all first choices before second ones (V-MoE's batch priority and vanilla routing)
+    balance: float = 0.01  # weight of the Switch/GShard balance loss: 1 when even for any k. In
+    # transformers it is k, so that a router_aux_loss_coef there is a weight k times as large here
     importance: float = 0.0  # weight of V-MoE's importance loss
     load: float = 0.0  # weight of V-MoE's load loss
     z: float = 0.001  # weight of the router z-loss

@@ -73,7 +73,8 @@ def _model(m: ModelConfig, need: Need) -> None:
              router.global_experts, f"1 to the number of experts ({limit}), or null for all")  # fmt: skip
         need(not (m.common_experts and router.type == "soft"), "model.common_experts", m.common_experts,
              "0, because soft routing mixes within a modality")  # fmt: skip
-        need(router.priority in {"batch", "arrival"}, f"{key}.priority", router.priority, "batch or arrival")
+        priorities = ("batch", "arrival", "first_batch", "first_arrival")
+        need(router.priority in priorities, f"{key}.priority", router.priority, ", ".join(priorities))
         backends = {"auto", "loop", "padded", "grouped"}
         need(router.backend in backends, f"{key}.backend", router.backend, "auto, loop, padded or grouped")
         for f in ("capacity_factor", "capacity_factor_eval"):

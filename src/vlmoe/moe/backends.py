@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from vlmoe.moe.dispatch import Plan, Slots
 from vlmoe.moe.memory import empty_large
 
+ALIGNED = 16  # columns of a matrix that the grouped kernel takes in every dtype
+
 Activation = Callable[[Tensor], Tensor]
 Backend = Callable[[Tensor, Plan, Tensor, Tensor | None, Tensor, Tensor | None, Activation], Tensor]
 
@@ -104,8 +106,28 @@ def _kernel_linear(x_RI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, plan: Plan)
     y_RO = F.grouped_mm(x_RI, w_EIO, offs=ends_E)
     if b_EO is None:
         return y_RO
-    rows_R = torch.arange(plan.rows, device=x_RI.device, dtype=torch.int32)
-    return y_RO + b_EO.index_select(0, torch.searchsorted(ends_E, rows_R, right=True))
+    return _AddBias.apply(y_RO, b_EO, ends_E)
+
+
+class _AddBias(torch.autograd.Function):
+    """y + b, each row with its expert's bias. The bias's gradient is a grouped product with ones, which adds up in
+    float32 and rounds once, in the same order every time; that of an index adds row by row, in the rows' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RO: Tensor, b_EO: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        rows_R = torch.arange(len(y_RO), device=y_RO.device, dtype=torch.int32)
+        return y_RO + b_EO.index_select(0, torch.searchsorted(ends_E, rows_R, right=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (ends_E,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return grad_RO, None, None
+        ones_R = grad_RO.new_ones(len(grad_RO), ALIGNED)
+        grad_EO = F.grouped_mm(ones_R.t(), grad_RO.contiguous(), offs=ends_E)[:, 0]
+        return grad_RO, grad_EO, None
 
 
 def _batched_linear(x_RI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, plan: Plan) -> Tensor:

@@ -18,7 +18,8 @@ from vlmoe.moe.routing import Routing, probabilities
 def count_tokens(routing: Routing, mask_N: Tensor | None) -> Tensor:
     """Real tokens: int64 scalar on the routing's device."""
     if mask_N is None:
-        return torch.tensor(routing.logits_NE.shape[0], device=routing.logits_NE.device)
+        tokens, device = routing.logits_NE.shape[0], routing.logits_NE.device
+        return torch.full((), tokens, dtype=torch.int64, device=device)  # no copy from the host, which would wait
     return mask_N.sum()
 
 
@@ -69,17 +70,44 @@ def load_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation of the experts' expected load (V-MoE, eq. 8-10).
 
     A token counts for an expert with the probability that the expert would be among its top k were that expert's noise
-    drawn again: 1 - Phi((threshold - logit) / std), the threshold being the k-th largest noisy logit.
+    drawn again: 1 - Phi((threshold - logit) / std), the threshold being the noisy logit of the k-th expert chosen; with
+    a selection bias, the logit at which the expert's biased score would equal that expert's (`_thresholds`).
 
     Raises:
         ValueError: the routing was made without noise, so the probability is not defined.
     """
     if routing.noise_std <= 0:
         raise ValueError("the load loss needs a routing made with noise (noise_std above 0), got 0")
-    threshold_N1 = routing.noisy_NE.gather(-1, routing.expert_index_NK[:, -1:])
-    excess_NE = (routing.logits_NE - threshold_N1) / routing.noise_std
+    excess_NE = (routing.logits_NE - _thresholds(routing)) / routing.noise_std
     chance_NE = 0.5 * torch.erfc(excess_NE / -math.sqrt(2))  # erfc keeps small chances that 1 - cdf rounds to zero
     return _squared_variation(_mean(chance_NE, mask_N))
+
+
+def _thresholds(routing: Routing) -> Tensor:
+    """The logit, (N, 1) or (N, E), above which an expert is chosen before the k-th expert that was, all other noise as
+    it is. With a selection bias the choice is by score plus bias, so it depends on how much larger the k-th expert's
+    bias is: d. For sigmoid scores s(l) > s(l_k) + d. A softmax's scores all change with l: with S the sum of the other
+    experts' exp(logit), (exp(l) - exp(l_k)) / (exp(l) + S) > d, so exp(l) > (exp(l_k) + d S) / (1 - d)."""
+    last_N1 = routing.expert_index_NK[:, -1:]
+    kth_N1 = routing.noisy_NE.gather(-1, last_N1)
+    if routing.bias_E is None:
+        return kth_N1
+    tiny = torch.finfo(kth_N1.dtype).eps
+    bias_E = routing.bias_E.to(kth_N1.dtype)
+    d_NE = (bias_E[last_N1] - bias_E).clamp(max=1 - tiny)
+    if routing.scores == "sigmoid":
+        return (kth_N1.sigmoid() + d_NE).logit(eps=tiny)
+    others_NE = _log_sum_of_others(routing.noisy_NE)
+    ratio_NE = (others_NE - kth_N1).clamp(max=60).exp()
+    return kth_N1 + (d_NE * ratio_NE).clamp(min=tiny - 1).log1p() - (-d_NE).log1p()
+
+
+def _log_sum_of_others(logits_NE: Tensor) -> Tensor:
+    """log(sum(exp(logit))) over all experts but each one. Quadratic in the experts, but a difference of sums would lose
+    what stands beside a large logit."""
+    E = logits_NE.shape[1]
+    own_EE = torch.eye(E, dtype=torch.bool, device=logits_NE.device)
+    return logits_NE[:, None, :].expand(-1, E, E).masked_fill(own_EE, -math.inf).logsumexp(dim=-1)
 
 
 def z_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
@@ -109,7 +137,7 @@ def global_entropy_loss(routing: Routing, mask_N: Tensor | None = None, *, exper
     mean_E = _mean(_clean(routing), mask_N)
     wanted = math.log(len(mean_E) if experts is None else experts)
     if mask_N is not None:  # over no tokens at all there is nothing to spread
-        return torch.where(mask_N.any(), (wanted - _entropy(mean_E)).clamp(min=0), 0.0)
+        return (wanted - _entropy(mean_E)).clamp(min=0).masked_fill(~mask_N.any(), 0)
     return (wanted - _entropy(mean_E)).clamp(min=0)
 
 

@@ -9,6 +9,7 @@ Shape suffixes: N tokens · K chosen experts of a token · A = N*K choices · D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from vlmoe.moe.routing import Routing
 
-PRIORITIES = ("batch", "arrival")
-
+PRIORITIES = ("batch", "arrival", "first_batch", "first_arrival")
 
 Slots = Callable[[list[int]], list[int]]  # how many rows each expert gets, from how many it needs
 
@@ -79,8 +79,11 @@ def plan_dispatch(
 ) -> Plan:
     """Give every choice that is kept a row.
 
-    Each expert takes at most ceil(capacity_factor * K * real tokens / E) choices; None takes all. priority: "batch"
-    keeps the largest gates (V-MoE's batch priority, here by the choice's own gate), "arrival" the first tokens.
+    Each expert takes at most ceil(capacity_factor * K * real tokens / E) choices; None takes all. priority, of those
+    that want a place: "batch" the choices of largest gate, "arrival" those of the first tokens, whose second choices
+    may then displace later tokens' first ones. "first_batch" and "first_arrival" place all first choices, then all
+    second ones and so on (GShard, V-MoE): within them the tokens of largest gate, which is V-MoE's batch priority
+    routing, or the first tokens, its vanilla one.
     slots: how many rows an expert gets, at least as many as it needs; None for exactly as many.
     Everything follows from integer outputs of `argmax`, `topk` and `sort`, so that a recomputation can replay it.
     """
@@ -93,32 +96,46 @@ def plan_dispatch(
         real_NK = token_NK if real_NK is None else real_NK & token_NK
     if real_NK is not None:  # padding belongs to expert E, which does not exist: it sorts last and is never counted
         key_A = torch.where(real_NK.reshape(-1), key_A, E)
-    by_gate = capacity_factor is not None and priority == "batch"
-    order_A, count_E = _sort_by_expert(key_A, E, routing.gate_NK if by_gate else None)
+    ahead_A = None if capacity_factor is None else _in_turn(routing.gate_NK.detach(), priority)
+    order_A, count_E = _sort_by_expert(key_A, E, ahead_A)
     kept_A = None if real_NK is None else key_A < E
     if capacity_factor is not None:
         real = N if mask_N is None else mask_N.sum()
-        capacity = _capacity(capacity_factor, K, E, real, device)
+        capacity = _capacity(capacity_factor * K / E, real)
         rank_A = _rank_in_expert(key_A, order_A, count_E)
         kept_A = (rank_A < capacity) & (key_A < E)
         order_A, count_E = _sort_by_expert(torch.where(kept_A, key_A, E), E, None)
     return _lay_out(order_A, count_E, kept_A, (N, K), slots)
 
 
-def _capacity(factor: float, K: int, E: int, real: int | Tensor, device: torch.device) -> Tensor:
-    """Choices an expert may take; a tensor, so that a GPU's token count need not travel to the host. The small term
-    keeps 1.1 * 10 from rounding up to 12."""
-    tokens = torch.as_tensor(real, device=device, dtype=torch.float64)
-    return torch.ceil(tokens * (factor * K / E) - 1e-6).to(torch.int64)
+def _capacity(share: float, real: int | Tensor) -> int | Tensor:
+    """Choices an expert may take: a number where the count of tokens is one, a tensor where only the device knows it.
+    The small term keeps 1.1 * 10 from rounding up to 12."""
+    if isinstance(real, int):
+        return math.ceil(real * share - 1e-6)
+    return torch.ceil(real.double() * share - 1e-6).to(torch.int64)
 
 
-def _sort_by_expert(key_A: Tensor, E: int, gate_NK: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Choices in expert order, within an expert by falling gate or else as they came; and how many each expert has."""
+def _in_turn(gate_NK: Tensor, priority: str) -> Tensor | None:
+    """The choices, those that get a place first first; None: as they come."""
+    (N, K), device = gate_NK.shape, gate_NK.device
+    if priority == "arrival" or (priority == "first_arrival" and K == 1):
+        return None
+    if priority == "batch":
+        return gate_NK.reshape(-1).argsort(descending=True, stable=True)
+    if priority == "first_batch":
+        token_N = gate_NK.amax(dim=1).argsort(descending=True, stable=True)
+    else:
+        token_N = torch.arange(N, device=device)
+    return (token_N * K + torch.arange(K, device=device)[:, None]).reshape(-1)
+
+
+def _sort_by_expert(key_A: Tensor, E: int, ahead_A: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Choices in expert order, within an expert as in `ahead_A` or else as they came; and how many each expert has."""
     count_E = key_A.new_zeros(E + 1).scatter_add_(0, key_A, torch.ones_like(key_A))[:E]
-    if gate_NK is None:
+    if ahead_A is None:
         return key_A.argsort(stable=True), count_E
-    by_gate_A = gate_NK.detach().reshape(-1).argsort(descending=True, stable=True)
-    return by_gate_A[key_A[by_gate_A].argsort(stable=True)], count_E
+    return ahead_A[key_A[ahead_A].argsort(stable=True)], count_E
 
 
 def _rank_in_expert(key_A: Tensor, order_A: Tensor, count_E: Tensor) -> Tensor:

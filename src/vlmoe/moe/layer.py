@@ -79,7 +79,8 @@ class MoELayer(nn.Module):
     task and is refused. noise: std of the noise on the logits in training, in units of
     1/experts. capacity_factor: an expert takes at most ceil(factor * k * tokens / experts) choices in training
     (capacity_factor_eval: in evaluation); None takes all. priority: who keeps a place, "batch" the largest gates,
-    "arrival" the first tokens. balance, importance, load, z, local_entropy, global_entropy: weights of the losses in
+    "arrival" the first tokens, "first_batch" and "first_arrival" the same after all better choices (`plan_dispatch`).
+    balance, importance, load, z, local_entropy, global_entropy: weights of the losses in
     `vlmoe.moe.balance`; global_experts is the last one's threshold. balance_over: what the balance loss is computed
     over, one "pass" of this layer, or more (see `RoutingStats.balance`). dropout: of the experts' hidden units, in
     training (ST-MoE's expert dropout).

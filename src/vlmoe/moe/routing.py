@@ -24,6 +24,7 @@ class Routing:
     probabilities of noisy_NE, see `probabilities`. noise_std: standard deviation of the noise in noisy_NE, 0 for none.
     All but the index are float32 (float64 for float64 tokens). scores: "softmax" or "sigmoid", which `probabilities`
     takes. chosen_NK: False where a token has fewer than K experts, which only expert choice leaves; None: all are used.
+    bias_E: added to the scores for the choice, see `route`; None: there was none.
     """
 
     expert_index_NK: Tensor
@@ -34,6 +35,7 @@ class Routing:
     noise_std: float
     scores: str = "softmax"
     chosen_NK: Tensor | None = None
+    bias_E: Tensor | None = None
 
 
 def probabilities(logits_NE: Tensor, scores: str = "softmax") -> Tensor:
@@ -69,7 +71,7 @@ def route(
     gate_NK = score_NE.gather(-1, expert_index_NK)
     if renormalize:
         gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(gate_NK.dtype).tiny)
-    return Routing(expert_index_NK, gate_NK, logits_NE, noisy_NE, probs_NE, noise_std, scores)
+    return Routing(expert_index_NK, gate_NK, logits_NE, noisy_NE, probs_NE, noise_std, scores, bias_E=bias_E)
 
 
 def choose_tokens(

@@ -96,6 +96,7 @@ class SoftMoELayer(MoELayer):
         counted_N = real_N.to(torch.int64)
         tokens = counted_N.sum()
         entropy_N = -(share_NE * share_NE.clamp_min(torch.finfo(share_NE.dtype).tiny).log()).sum(dim=1)
+        size_N = logits_BTS.flatten(0, 1).square().mean(dim=1)
         return RoutingStats(
             loss=logits_BTS.new_zeros(()),
             losses={},
@@ -105,7 +106,7 @@ class SoftMoELayer(MoELayer):
             unserved=tokens.new_zeros(()),
             tokens=tokens,
             entropy=entropy_N.masked_fill(~real_N, 0).sum() / tokens.clamp_min(1),
-            logit_size=logits_BTS.detach().flatten(0, 1).masked_fill(~real_N[:, None], 0).square().mean().sqrt(),
+            logit_size=(size_N.masked_fill(~real_N, 0).sum() / tokens.clamp_min(1)).sqrt(),
             expert_index_NK=index_N1,
             gate_NK=gate_N1,
             kept_NK=real_N[:, None],

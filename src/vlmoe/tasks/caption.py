@@ -79,8 +79,9 @@ class Caption(Downstream):
         batch = batches["pair"]
         assert batch.target_BT is not None
         output = self.run(batch, causal="text")
-        hidden_BT = batch.target_BT != IGNORE
-        logits_MV, target_M = self.text_logits(output.features("text")[hidden_BT]), batch.target_BT[hidden_BT]
+        hidden_M = batch.hidden_tokens()
+        logits_MV = self.text_logits(output.features("text").flatten(0, 1).index_select(0, hidden_M))
+        target_M = batch.target_BT.flatten().index_select(0, hidden_M)
         accuracy = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
         loss = Summed(F.cross_entropy(logits_MV, target_M, reduction="sum"), len(target_M))
         return self.output(loss, [output], accuracy=accuracy)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmoe.config import ModelConfig
-from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.data.batch import Batch
 from vlmoe.data.visual_tokenizer import VisualTokenizer
 from vlmoe.model import Backbone, BackboneOutput
 from vlmoe.moe import RoutingStats
@@ -115,17 +115,18 @@ class MaskedDataModelling(Task):
         return total
 
     def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Summed, Tensor]:
-        assert batch.patch_mask_BP is not None
         if self.visual_tokenizer is None:
             raise ValueError("masked image modelling needs a visual tokenizer; this model was built without one")
-        target_M = self.visual_tokenizer.encode(batch)[batch.patch_mask_BP]
-        x_MD = output.features("vision")[:, 1:][batch.patch_mask_BP]  # the class token has no code
+        hidden_M = batch.hidden_patches()
+        target_M = self.visual_tokenizer.encode(batch).flatten().index_select(0, hidden_M)
+        x_MD = output.features("vision")[:, 1:].flatten(0, 1).index_select(0, hidden_M)  # the class token has no code
         return _predict(self.image_head(x_MD), target_M)
 
     def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Summed, Tensor]:
         assert batch.target_BT is not None
-        hidden_BT = batch.target_BT != IGNORE
-        return _predict(self.text_logits(output.features("text")[hidden_BT]), batch.target_BT[hidden_BT])
+        hidden_M = batch.hidden_tokens()
+        x_MD = output.features("text").flatten(0, 1).index_select(0, hidden_M)
+        return _predict(self.text_logits(x_MD), batch.target_BT.flatten().index_select(0, hidden_M))
 
 
 def pool(losses: dict[str, Summed]) -> dict[str, Summed]:

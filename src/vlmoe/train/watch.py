@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmoe.data.batch import Batch
 from vlmoe.tasks.base import StepOutput, Task
@@ -53,8 +54,8 @@ class Watch:
             load_E = torch.stack([output.load[name] for output in outputs if name in output.load]).sum(dim=0).float()
             found["max_load"] = load_E.max() / load_E.mean().clamp_min(1e-9)
             found["idle"] = (self._load.get(name, load_E) == 0).float().mean()
-            found["router_gradient"] = _norm(layer.router.parameters())
-            found["expert_gradient"] = _norm(layer.experts.parameters())
+            found["router_gradient"] = _norm(layer.router.parameters(), load_E.device)
+            found["expert_gradient"] = _norm(layer.experts.parameters(), load_E.device)
             values[name] = found
         for name, share in self._churn().items():
             values.setdefault(name, {})["churn"] = share
@@ -109,6 +110,7 @@ class Watch:
         }
 
 
-def _norm(parameters: object) -> Tensor:
-    gradients = [p.grad for p in parameters if p.grad is not None]  # type: ignore[attr-defined]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+def _norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Of the gradients; 0 where all are frozen."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
