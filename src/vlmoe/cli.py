@@ -288,7 +288,7 @@ def data_make(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards; must not hold any yet.")],
     overrides: Overrides = None,
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
-    split: Annotated[str, typer.Option(help="train, val, handwriting, font or attributes.")] = "train",
+    split: Annotated[str, typer.Option(help="train, or a split that the data offer (docs/world.md).")] = "train",
     samples: Annotated[int, typer.Option(help="How many.")] = 10_000,
     per_shard: Annotated[int, typer.Option(help="Samples in a shard.")] = 1_000,
 ) -> None:
