@@ -3,8 +3,8 @@
     python -m vlmoe.data.world.choose_icons > icons.txt
 
 The charmaps of six icon sets name their drawings. A suffix of style ("-outline", "-bold", "-fill") is taken off; names
-of the same words in another order ("cart shopping") are one thing. Left out are brands, single letters and digits,
-numbered boxes, names that state a size or colour, and names of characters that the world has already.
+of the same words in another order ("cart shopping") are one thing, unless one set has both. Left out are brands, single
+letters and digits, numbered boxes, names that state a size or colour, and names of characters that the world has.
 
 Things drawn by most sets come first, so that a small dial has things with many drawings; then those of fewer words. A
 drawing that is nearly that of an earlier thing or character (masks at 16 pixels differ by less than `choose.NEAR` of
@@ -39,27 +39,30 @@ STYLES = {
     "cod": ("outline", "filled"),
     "el": ("alt",),
 }
-# Font Awesome's list of brands is read; these words mark further ones, or a set's names for languages and formats.
+# Font Awesome's list of brands is read; these words mark further ones.
 _BRAND_WORDS = (
-    "adobe airbnb airtable alipay amazon android angular apple arch asana atlassian aurelia aws azure baidu "
-    "bandcamp behance bing bitbucket bitcoin blackberry blender blogger bootstrap bulma centos chrome chromecast "
-    "cisco codepen copilot coreos cpp csharp delicious deviantart digg dingding docker dotnet douban dribbble "
-    "dropbox drupal edge eslint ethereum etsy evernote facebook fedora figma firebase firefox flattr flickr "
-    "foursquare framer friendfeed gentoo git github gitlab gmail gnome google gradle graphql gumroad hackernews "
-    "hackerrank handshake-fb hangouts hexo hulu ifttt instagram internet-explorer ionic itunes java javascript jira "
-    "jquery jsfiddle json kickstarter kodi kubernetes laravel lastfm line linkedin linux litecoin manjaro "
-    "mastercard mastodon material-ui medium messenger meteor microsoft minecraft mixcloud myspace nativescript "
-    "netease netflix nintendo nodejs npm nuxt oci onedrive onepassword openai openid opensource opensuse opera "
-    "origin pandora path patreon paypal photobucket picasa pinterest pixelfed playstation plex plurk pocket podcast "
-    "polymer powershell producthunt python qq qqchat quora raspberry react reddit redhat rollupjs rss ruby safari "
-    "salesforce sass sega sharethis sina skype slack slideshare snapchat snapcraft soundcloud spotify stackoverflow "
-    "steam stripe stumbleupon surround svelte switch-nintendo taobao telegram tensorflow terraform tiktok trello "
-    "tumblr twitch twitter typescript typo3 ubuntu umbraco unity unsplash untappd vimeo visa visualstudio vscode "
-    "vuejs vuetify w3c webpack wechat weibo whatsapp wikipedia windows wix wordpress wunderlist xamarin xbox xing "
-    "xmpp yahoo yammer yelp youtube zcool zhihu"
+    "adobe airbnb airplay airtable alexa alipay amazon android angular apple arch asana atlassian aurelia aws azure "
+    "babel baidu bandcamp behance betamax bing bitbucket bitcoin blackberry blender blogger bootstrap bulma carplay "
+    "centos chrome chromecast cisco codepen copilot cordova coreos cortana cpp cryengine csharp debian deezer "
+    "delicious deviantart digg dingding disqus docker dotnet douban dribbble dropbox drupal edge emby eslint "
+    "ethereum etsy evernote facebook fedora figma firebase firefox flattr flickr foursquare framer friendfeed "
+    "gentoo git github gitlab gmail gnome gog google googleplus gradle graphql gumroad hackernews hackerrank "
+    "hangouts hexo hololens homekit hubot hulu ifttt imac instagram iobroker ionic ipad iphone ipod itunes jabber "
+    "java javascript jira jquery jsfiddle json kaggle kickstarter klingon kodi kubernetes laravel lastfm lastpass "
+    "line linkedin linux litecoin livejournal lumx lyft mac macbook manjaro mapbox mastercard mastodon medium mesa "
+    "messenger meteor mickey microsoft minecraft mixcloud myspace nativescript netease netflix nintendo nix nodejs "
+    "nokia notdef npm npmjs nuxt oci octoface onedrive onepassword openai openid opensource opensuse opera origin "
+    "pandora pantone path patreon paypal photobucket php picasa pinterest pixelfed playstation plex plurk pocket "
+    "podcast polymer powershell producthunt python qq qqchat quora raspberry react reactjs reddit redhat redux "
+    "remixicon rollupjs rss ruby safari salesforce samsung sass sega sharethis sina siri skype slack slideshare "
+    "snapchat snapcraft sony soundcloud spotify stackoverflow stackshare steam stripe stumbleupon surround svelte "
+    "tailwind taobao teamviewer telegram tensorflow terraform tiktok toslink trello tumblr twitch twitter "
+    "typescript typo3 uber ubisoft ubuntu umbraco unity unreal unsplash untappd vimeo visa visualstudio vk "
+    "vkontakte vlc vscode vuejs vuetify w3c webpack wechat weibo whatsapp wikipedia windows wix wordpress "
+    "wunderlist xamarin xbox xing xmpp yahoo yammer yelp youtube zcool zend zhihu zigbee"
 )
 BRANDS = frozenset(_BRAND_WORDS.split())
-_NUMBERED = re.compile(r"^(alpha|numeric|roman-numeral|number|language|letter|file-word|file-excel|file-powerpoint)-")
+_NUMBERED = re.compile(r"^(alpha|numeric|roman-numeral|number|language|letter)-|^file-(word|excel|powerpoint)|^dev-to$")
 # A scene draws size and colour by lot: a name must not state them.
 _ATTRIBUTES = {"small", "large", "medium", "xs", "sm", "lg", "xl", "mini", *COLOURS}
 _ORDINARY = {"orange"}  # the fruit
@@ -110,14 +113,19 @@ def collect() -> dict[str, list[Drawing]]:
 
 
 def merge(named: dict[str, list[Drawing]]) -> dict[str, list[Drawing]]:
-    """Names of the same words are one thing, called as most sets call it; a tie goes to the first set's order."""
+    """Names of the same words are one thing, called as most sets call it; a tie goes to the first set's order. Where
+    one set has two of them ("arrow left top", "arrow top left") they mean different things and stay apart."""
     same: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in named:
         same[tuple(sorted(name.split("-")))].append(name)
     merged = {}
     for names in same.values():
-        best = max(names, key=lambda n: len({d.set for d in named[n]}))
-        merged[best.replace("-", " ")] = [d for n in names for d in named[n]]
+        sets = {n: {d.set for d in named[n]} for n in names}
+        if sum(map(len, sets.values())) > len(set.union(*sets.values())):
+            merged.update({n.replace("-", " "): named[n] for n in names})
+        else:
+            best = max(names, key=lambda n: len(sets[n]))
+            merged[best.replace("-", " ")] = [d for n in names for d in named[n]]
     return merged
 
 
