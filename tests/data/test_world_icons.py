@@ -29,7 +29,7 @@ MASKS = 200  # things whose masks are compared
 
 
 def masks(drawings: tuple[Drawing, ...]) -> np.ndarray:
-    return np.stack([icon_mask(d, SIZE).reshape(-1) for d in drawings]).astype(np.int16)
+    return np.stack([icon_mask(d.font, d.code, SIZE).reshape(-1) for d in drawings]).astype(np.int16)
 
 
 # ---------------------------------------------------------------------------------------------------------------- list
@@ -209,7 +209,7 @@ def test_icons_stand_in_the_picture_as_the_scene_says() -> None:
             assert o.face == o.drawing.face
             left, top, right, bottom = o.box
             ink = np.abs(sample.image[top:bottom, left:right] - np.array(COLOURS[o.colour])).sum(-1) < 30
-            full = icon_mask(o.drawing, right - left) > 250
+            full = icon_mask(o.drawing.font, o.drawing.code, right - left) > 250
             assert (ink >= full).all()
             at = sample.patch_factors["object"].index(str(slot))
             known = {name: sample.patch_factors[name][at] for name in ("concept", "kind", "script", "face")}

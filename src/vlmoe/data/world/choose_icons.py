@@ -163,10 +163,11 @@ def choose() -> list[str]:
     for name in order(merged):
         if name in taken:
             continue
-        drawings, masks = [], []
+        drawings: list[Drawing] = []
+        masks: list[np.ndarray] = []
         for drawing in merged[name]:
             try:
-                mask = icon_mask(drawing, SIZE).reshape(-1).astype(np.int16)
+                mask = icon_mask(drawing.font, drawing.code, SIZE).reshape(-1).astype(np.int16)
             except ValueError:  # a code point without ink
                 continue
             if seen.nearest(mask) >= NEAR and drawing.code not in {d.code for d in drawings if d.font == drawing.font}:

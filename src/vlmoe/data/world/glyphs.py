@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from vlmoe.data.world.draws import stable_hash
-from vlmoe.data.world.icons import Drawing, font_file
+from vlmoe.data.world.icons import font_file
 
 # The last face is kept from training: its weight and its serifs are known from other faces, not the two together.
 FACES = {
@@ -89,9 +89,9 @@ def glyph_mask(character: str, face: str, size: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=40_000)  # every drawing in two sizes: 16 to 32 MB at 24 to 32 pixels
-def icon_mask(drawing: Drawing, size: int) -> np.ndarray:
-    """An icon as an alpha mask, uint8 (size, size). Raises ValueError when it leaves no ink."""
-    return _drawn(chr(drawing.code), font_file(drawing.font), size)
+def icon_mask(font: str, code: int, size: int) -> np.ndarray:
+    """A code point of an icon font as an alpha mask, uint8 (size, size). Raises ValueError when it leaves no ink."""
+    return _drawn(chr(code), font_file(font), size)
 
 
 def _drawn(character: str, font: Path, size: int) -> np.ndarray:

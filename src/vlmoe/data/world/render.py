@@ -20,7 +20,7 @@ def mask_of(thing: SceneObject) -> np.ndarray:
     if thing.sample >= 0:
         return digit_mask(thing.sample, size)
     if thing.drawing:
-        return icon_mask(thing.drawing, size)
+        return icon_mask(thing.drawing.font, thing.drawing.code, size)
     return glyph_mask(thing.concept.character, thing.face, size)
 
 
