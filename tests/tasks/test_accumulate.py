@@ -56,9 +56,7 @@ def check(task: Task, one: dict[str, Batch], other: dict[str, Batch]) -> None:
     together = gradients(task, [{kind: joined(one[kind], other[kind]) for kind in one}])
     assert apart.keys() == together.keys()
     for name, gradient in together.items():
-        torch.testing.assert_close(
-            apart[name], gradient, rtol=2e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(apart[name], gradient, rtol=2e-6, atol=1e-8)
 
 
 def hidden(batch: Batch, count: int) -> Batch:

@@ -15,7 +15,7 @@ from vlmoe.train.loop import TrainResult, train
 from vlmoe.train.runlog import EVENTS, read_lines
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-WSD = {"schedule": "constant_decay", "min_lr": 0.0}
+WSD: dict[str, Any] = {"schedule": "constant_decay", "min_lr": 0.0}
 
 
 class EndsError(Exception):

@@ -87,9 +87,9 @@ class MaskedDataModelling(Task):
         counts = {"mlm": 0, "mim": 0}
         for batch in batches.values():
             if batch.target_BT is not None:
-                counts["mlm"] += int((batch.target_BT != IGNORE).sum())
+                counts["mlm"] += len(batch.hidden_tokens())
             if batch.patch_mask_BP is not None:
-                counts["mim"] += int(batch.patch_mask_BP.sum())
+                counts["mim"] += len(batch.hidden_patches())
         return counts | self.routed_tokens(batches)
 
     @torch.no_grad()
