@@ -198,7 +198,7 @@ def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
     ]
     found = summarise_routing(routed)
     loss, metrics, load = float(found.loss), found.metrics, found.load
-    assert loss.item() == pytest.approx((3 * 1.0 + 1 * 5.0) / 4 + 7.0)
+    assert loss == pytest.approx((3 * 1.0 + 1 * 5.0) / 4 + 7.0)
     assert metrics["text/balance"].item() == pytest.approx((2.0 + 7.0) / 2)
     assert metrics["text/max_load"].item() == pytest.approx((1.5 + 1.0) / 2)
     assert load["1/text"].tolist() == [3, 1]

@@ -88,7 +88,7 @@ def plan_dispatch(
     Everything follows from integer outputs of `argmax`, `topk` and `sort`, so that a recomputation can replay it.
     """
     index_NK = routing.expert_index_NK
-    (N, K), E, device = index_NK.shape, routing.logits_NE.shape[1], index_NK.device
+    (N, K), E = index_NK.shape, routing.logits_NE.shape[1]
     key_A = index_NK.reshape(-1)
     real_NK = routing.chosen_NK
     if mask_N is not None:

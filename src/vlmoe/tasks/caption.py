@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmoe.config import FinetuneRecipe
-from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.data.batch import Batch
 from vlmoe.data.downstream.collate import Prepare
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.text_tokenizer import TextTokenizer

@@ -147,8 +147,8 @@ def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @dataclass
 class RoutingSummary:
-    """loss: of routing, with gradient, or 0.0 where nothing was routed. metrics: averaged over the layers of a modality ("vision/balance",
-    "text/max_load", ...). load, layers, spans: see `StepOutput`."""
+    """loss: of routing, with gradient, or 0.0 where nothing was routed. metrics: averaged over the layers of a modality
+    ("vision/balance", "text/max_load", ...). load, layers, spans: see `StepOutput`."""
 
     loss: Tensor | float
     metrics: dict[str, Tensor]
