@@ -2,9 +2,9 @@
 
     python benchmarks/fuzz.py tar|json|yaml|images|all --cases 3000 --seed 0 [--out benchmarks/results/fuzz.json]
 
-Every case is a function of (reader, seed, number). A reader may give a result or a UserError or BadSample; anything else
-is a crash, and a case that takes more than 10 seconds is a hang. Both are reported with the seed and number that show it
-again: --first NUMBER --cases 1. Exits with 1 when there was one.
+Every case is a function of (reader, seed, number). A reader may give a result, a UserError or a BadSample. Anything
+else is a crash, and a case that takes more than 10 seconds is a hang. Both are reported with the seed and number that
+show it again: --first NUMBER --cases 1. Exits with 1 when there was one.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def _tar(rng: random.Random) -> bytes:
     style = rng.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
     with tarfile.open(fileobj=out, mode="w", format=style) as tar:
         for i in range(rng.randint(1, 4)):
-            stem = rng.choice(
-                [f"{i:03d}", "22.05", "ä" * 20, "._x", "a/b/" + "c" * 120 * (style != tarfile.USTAR_FORMAT)]
-            )
+            long = "a/b/" + "c" * 120 * (style != tarfile.USTAR_FORMAT)
+            stem = rng.choice([f"{i:03d}", "22.05", "ä" * 20, "._x", long])
             for suffix in (".png", ".txt", ".json"):
                 about = tarfile.TarInfo(stem + suffix)
                 about.type = rng.choice([b"0"] * 9 + [b"1", b"2", b"5", b"7"])
@@ -83,7 +82,8 @@ def _tar(rng: random.Random) -> bytes:
         place, field = rng.choice([(124, 12), (156, 1), (0, 100), (345, 155), (482, 1), (257, 8)])
         size = rng.choice([-512, -1024, -1, 0, 1, 511, 2**33, 2**80, 2**62])
         number = (b"\xff" if size < 0 else b"\x80") + size.to_bytes(11, "big", signed=size < 0)
-        value = rng.choice([rng.randbytes(field), number[:field], b"\0" * field, b"9" * field, rng.choice(b"xgLKS1257V\0").to_bytes(1, "big")])  # fmt: skip
+        kind = bytes([rng.choice(b"xgLKS1257V\0")])
+        value = rng.choice([rng.randbytes(field), number[:field], b"\0" * field, b"9" * field, kind])
         header[place : place + len(value)] = value
         if rng.random() < 0.9:
             header[148:156] = b" " * 8
@@ -100,7 +100,23 @@ def tar(rng: random.Random, folder: Path) -> None:
     assert report["good"] + sum(report["reasons"].values()) >= report["samples"]
 
 
-JSON_WORDS = [b"[" * 5000, b'{"a":' * 2000, b"\\ud83d", b"\\u0000", "\u2028".encode(), b"\x85", b"\xef\xbb\xbf", b"NaN", b"1e999", b"9" * 6000, b"\xed\xa0\x80", b"\n", b'"text": "y", ', b"-", b"\xff"]  # fmt: skip
+JSON_WORDS = [
+    b"[" * 5000,
+    b'{"a":' * 2000,
+    b"\\ud83d",
+    b"\\u0000",
+    "\u2028".encode(),
+    b"\x85",
+    b"\xef\xbb\xbf",
+    b"NaN",
+    b"1e999",
+    b"9" * 6000,
+    b"\xed\xa0\x80",
+    b"\n",
+    b'"text": "y", ',
+    b"-",
+    b"\xff",
+]
 
 
 def json_(rng: random.Random, folder: Path) -> None:
@@ -119,7 +135,30 @@ def json_(rng: random.Random, folder: Path) -> None:
 
 
 BASE = resources.files("vlmoe.recipes").joinpath("demo.yaml").read_bytes()
-YAML_WORDS = [b"&a [*a]", b"${x}", b"${", b"}", b"!!python/object:os.system", b"[" * 2000, b"\0", b"\t", b"- ", b": ", b"9" * 6000, b".nan", b".inf", b"\xff", b"<<: ", b"'", b'"', b"|", b"? ", b"1e999", b"~", "\u2028".encode()]  # fmt: skip
+YAML_WORDS = [
+    b"&a [*a]",
+    b"${x}",
+    b"${",
+    b"}",
+    b"!!python/object:os.system",
+    b"[" * 2000,
+    b"\0",
+    b"\t",
+    b"- ",
+    b": ",
+    b"9" * 6000,
+    b".nan",
+    b".inf",
+    b"\xff",
+    b"<<: ",
+    b"'",
+    b'"',
+    b"|",
+    b"? ",
+    b"1e999",
+    b"~",
+    "\u2028".encode(),
+]
 
 
 def yaml(rng: random.Random, folder: Path) -> None:

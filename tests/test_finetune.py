@@ -83,7 +83,7 @@ def test_eval_refuses_embeddings_that_are_no_numbers(
 ) -> None:
     def damaged(*given: Any) -> Any:
         trained = load_finetuned(*given)
-        torch.nn.init.constant_(trained.model.image_head.weight, float("nan"))
+        torch.nn.init.constant_(trained.model.get_parameter("image_head.weight"), float("nan"))
         return trained
 
     folder = runs["retrieval"][0]

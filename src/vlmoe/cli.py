@@ -329,7 +329,7 @@ def data_make(
     ],
     overrides: Overrides = None,
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
-    split: Annotated[str, typer.Option(help="train, val, handwriting, font or attributes.")] = "train",
+    split: Annotated[str, typer.Option(help="train, or a split that the data offer (docs/world.md).")] = "train",
     samples: Annotated[int, typer.Option(min=1, help="How many.")] = 10_000,
     per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = 1_000,
 ) -> None:

@@ -322,3 +322,44 @@ def test_splits_show_what_training_does_not() -> None:
 def test_unknown_tasks_and_splits_are_named(task: str, split: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         WorldExamples(task, WORLD, split)
+
+
+# --------------------------------------------------------------------------------------------------------------- icons
+ICONS = replace(WORLD, concepts=0, icons=150, grid=2)
+
+
+def test_tasks_about_icons_follow_from_the_scenes() -> None:
+    source = WorldExamples("vqa", ICONS, "train")
+    kinds: Counter[str] = Counter()
+    for i in range(600):
+        e = source.truth(i)
+        assert e.text is not None
+        assert set(e.references) == {answer(e.text, source.scenes(i)[0])}
+        assert e.references[0] in source.labels
+        kinds[e.factors["kind"]] += 1
+    assert set(kinds) == set(KINDS) - {"script"}  # things have none
+    assert len(set(source.labels)) == len(source.labels)
+    assert not set(source.labels) & (set(PLACES) - {"top left", "top right", "bottom left", "bottom right"})
+    pairs = WorldExamples("nlvr2", ICONS, "train")
+    for i in range(300):
+        e = pairs.truth(i)
+        assert e.text is not None
+        assert holds(e.text, *pairs.scenes(i)) == (e.label == 1), e.text
+
+
+def test_icons_are_classes_after_the_characters() -> None:
+    source = WorldExamples("classify", replace(WORLD, concepts=12, icons=150), "drawing")
+    assert len(source.labels) == 162
+    for i in range(200):
+        (scene,), label = source.scenes(i), source.truth(i).label
+        assert label is not None and label >= 12
+        assert source.labels[label] == scene.objects[0].concept.name
+
+
+def test_premises_name_icons_in_their_language() -> None:
+    source = WorldExamples("nli", replace(ICONS, languages=["de"]), "train")
+    for e in map(source.truth, range(100)):
+        assert e.text is not None and e.text_pair is not None
+        assert e.text_pair.startswith("das Piktogramm ")
+        assert "ein" in e.text and "Piktogramm" in e.text
+    assert task_splits("vqa", ICONS) == ("train", "val", "attributes", "drawing")

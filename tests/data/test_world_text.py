@@ -261,10 +261,10 @@ def test_every_fact_can_be_said_in_every_language(code: str) -> None:
     words = LANGUAGES[code]
     assert set(words.categories) == set(CATEGORIES)
     kinds = set()
-    for concept in concepts(MAX_CONCEPTS):
+    for concept in concepts(MAX_CONCEPTS, 300):
         kinds |= {fact.kind for fact in facts_of(concept)}
         text, spans = state_fact(concept, words, Draws(f"{code}/{concept.index}"))
-        assert "{" not in text.replace(concept.character, "")
+        assert "{" not in text.replace(concept.character or " ", "")
         named = [s for s in spans if s.factors.get("concept") == concept.name]
         assert named, text
         assert all(set(s.factors) <= set(FACTORS["span"]) for s in spans)

@@ -265,7 +265,7 @@ def _other_size(folder: Path) -> None:
     ("damage", "message"),
     [
         (_no_config, "no config.json"),
-        (_broken_config, "config.json: not JSON"),
+        (_broken_config, "config.json: not valid JSON"),
         (_type(None), "key 'model_type'"),
         (_type("nonesuch"), "type 'nonesuch'"),
         (_type("llama"), "no adapter for models of type 'llama'.*docs/adapters.md"),

@@ -85,8 +85,8 @@ def test_losses_are_those_of_training(subject: OwnSubject, trained: Pretrained) 
         for name, modality in (("mim", "vision"), ("mlm", "text")):
             if name in wanted:
                 found = loss_R[(table.modality_R == modality) & np.isfinite(loss_R)]
-                assert len(found) == int(wanted[name][1])
-                assert found.mean() == pytest.approx(float(wanted[name][0]), rel=1e-5)
+                assert len(found) == wanted[name].count
+                assert found.mean() == pytest.approx(float(wanted[name].mean), rel=1e-5)
 
 
 def test_sites_see_what_the_layers_report(subject: OwnSubject, trained: Pretrained) -> None:

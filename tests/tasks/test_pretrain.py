@@ -11,6 +11,7 @@ from vlmoe.config import ModelConfig
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.visual_tokenizer import StoredCodes, VQTokenizer
 from vlmoe.moe import RoutingStats
+from vlmoe.tasks.base import StepOutput, Summed
 from vlmoe.tasks.pretrain import MaskedDataModelling, pool, summarise_routing
 
 MASK = 4
@@ -91,9 +92,9 @@ def test_all_kinds_in_one_step_logged_apart_and_summed() -> None:
 
 
 def test_every_prediction_counts_once_whatever_its_kind() -> None:
-    losses = {"pair/mlm": torch.tensor(1.0), "text/mlm": torch.tensor(5.0), "image/mim": torch.tensor(7.0)}
-    counts = {"pair/mlm": torch.tensor(30), "text/mlm": torch.tensor(10), "image/mim": torch.tensor(3)}
-    assert pool(losses, counts).item() == pytest.approx((30 * 1 + 10 * 5) / 40 + 7)
+    means = {"pair/mlm": (1.0, 30), "text/mlm": (5.0, 10), "image/mim": (7.0, 3)}
+    found = pool({name: Summed(torch.tensor(mean * n), n) for name, (mean, n) in means.items()})
+    assert {name: loss.mean.item() for name, loss in found.items()} == {"mlm": (30 * 1 + 10 * 5) / 40, "mim": 7.0}
 
 
 def test_tokens_counts_no_padding() -> None:
@@ -197,8 +198,8 @@ def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
         ("3/text", stats([2, 2], 7.0, 4)),
     ]
     found = summarise_routing(routed)
-    loss, metrics, load = float(found.loss), found.metrics, found.load
-    assert loss == pytest.approx((3 * 1.0 + 1 * 5.0) / 4 + 7.0)
+    loss, metrics, load = StepOutput(found.losses).loss, found.metrics, found.load
+    assert loss.item() == pytest.approx((3 * 1.0 + 1 * 5.0) / 4 + 7.0)
     assert metrics["text/balance"].item() == pytest.approx((2.0 + 7.0) / 2)
     assert metrics["text/max_load"].item() == pytest.approx((1.5 + 1.0) / 2)
     assert load["1/text"].tolist() == [3, 1]
@@ -206,5 +207,4 @@ def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
 
 def test_no_sparse_layer_means_no_routing() -> None:
     found = summarise_routing([])
-    loss, metrics, load = float(found.loss), found.metrics, found.load
-    assert (loss, metrics, load) == (0.0, {}, {})
+    assert (found.losses, found.metrics, found.load) == ({}, {}, {})

@@ -114,7 +114,7 @@ def alter_key(path: Path) -> None:
         (OPTIMIZER, flip, r"its SHA-256 is not the one in state.json"),
         (MODEL, os.remove, r"missing"),
         (STATE, os.remove, r"missing"),
-        (STATE, truncate, r"not readable as JSON"),
+        (STATE, truncate, r"not valid JSON"),
         (STATE, drop_key, r"lacks micro_step"),
         (STATE, alter_key, r"does not fit the sha256 in it: altered"),
         (STATE, lambda p: write_sealed(p, {"format": 99}), r"format 99, this version reads 4"),

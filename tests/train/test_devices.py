@@ -14,7 +14,6 @@ from tests.tasks.world import recipe as task_recipe
 from tests.tasks.world import tokenizer as task_tokenizer
 from tests.train.other_device import OTHER, DeviceError, OtherDevice, other
 from vlmoe.config import TASKS, load_recipe
-from vlmoe.data.batch import Batch
 from vlmoe.data.downstream.loader import TrainData, open_split
 from vlmoe.data.loader import Step, StepData
 from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
@@ -49,20 +48,21 @@ class Launch:
         monkeypatch.setattr("vlmoe.train.loop.make_optimizer", lambda task, config: _Optimizer(task.parameters()))
         monkeypatch.setattr("vlmoe.train.loop.routing_every", lambda config: 1000)
         self.mode, self.trainer = mode, Trainer(recipe, task, data, folder, OTHER)
-        self.trainer.log = _Nothing()  # type: ignore[assignment]
-        made: Iterator[Step] = (data[n] for n in range(100))
-        monkeypatch.setattr(self.trainer, "_next", self._next)
-        self.made = made
+        self.trainer.log = self.trainer.budget = _Nothing()  # type: ignore[assignment]
+        self.data: Iterator[Step] = (data[n] for n in range(100))
+        draw = self.trainer._next
 
-    def _next(self, data: Any) -> dict[str, Batch]:
-        with self.mode.on_host():
-            return {kind: batch.to(OTHER) for kind, batch in next(self.made).batches.items()}
+        def make_and_send(data: Iterator[Step]) -> Any:
+            with mode.on_host():
+                return draw(data)
+
+        monkeypatch.setattr(self.trainer, "_next", make_and_send)
 
     def step(self) -> int:
         """How many values were read in it."""
         before = self.mode.reads
         with Display("", 0, 1000, Console(quiet=True)) as display, self.mode:
-            self.trainer._step(iter(()), display)
+            self.trainer._step(self.data, display)
         return self.mode.reads - before
 
     def look(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.train.toy import VOCABULARY, ToyData, ToyTask, toy_recipe
 from vlmoe.data.batch import Batch
 from vlmoe.moe import MoELayer
-from vlmoe.tasks.base import StepOutput
+from vlmoe.tasks.base import StepOutput, Summed
 from vlmoe.tasks.pretrain import first_choices, summarise_routing
 from vlmoe.train.checkpoint import steps_in
 from vlmoe.train.loop import NonFiniteError, train
@@ -44,10 +44,10 @@ class SparseToy(ToyTask):
         y_BTD, stats = self.moe(x_BTD)
         x_BD = self.drop(torch.tanh(self.hidden((x_BTD + y_BTD).flatten(1))))
         routing = summarise_routing([("0/text", stats)])
-        loss = nn.functional.cross_entropy(self.head(x_BD), target_B) + routing.loss + self.blow
-        return StepOutput(
-            loss, {"text/mlm": loss.detach()} | routing.metrics, routing.load, routing.layers, routing.spans
-        )
+        loss = nn.functional.cross_entropy(self.head(x_BD), target_B, reduction="sum") + self.blow * len(target_B)
+        losses = {"mlm": Summed(loss, len(target_B))} | routing.losses
+        metrics = {"text/mlm": losses["mlm"].mean.detach()} | routing.metrics
+        return StepOutput(losses, metrics, routing.load, routing.layers, routing.spans)
 
     def routed_layers(self) -> dict[str, MoELayer]:
         return {"0/text": self.moe}

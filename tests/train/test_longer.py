@@ -15,7 +15,7 @@ from vlmoe.train.loop import TrainResult, train
 from vlmoe.train.runlog import EVENTS, read_lines
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-WSD = {"schedule": "constant_decay", "min_lr": 0.0}
+WSD: dict[str, Any] = {"schedule": "constant_decay", "min_lr": 0.0}
 
 
 class EndsError(Exception):
@@ -51,7 +51,7 @@ def test_a_run_whose_rate_has_fallen_may_not(tmp_path: Path) -> None:
 
 def test_a_run_that_made_few_of_its_updates_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def spoil(module: Any, args: Any, output: Any) -> None:
-        output.loss.data.fill_(float("nan"))
+        output.losses["mlm"].total.data.fill_(float("nan"))
 
     def disturb(trainer: Any, n: int) -> None:
         if n == 2:

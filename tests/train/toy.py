@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from vlmoe.config import Recipe, from_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import Step
-from vlmoe.tasks.base import StepOutput, Task
+from vlmoe.tasks.base import StepOutput, Summed, Task
 
 VOCABULARY = 12
 
@@ -36,9 +36,12 @@ class ToyTask(Task):
         loss = F.cross_entropy(logits_BV, target_B)
         accuracy = (logits_BV.argmax(-1) == target_B).float().mean()
         load_E = torch.bincount(text_BT.flatten() % 4, minlength=4)
-        return StepOutput(
-            loss, {"text/mlm": loss.detach(), "text/mlm_accuracy": accuracy}, {"1/text": load_E, "3/vision": load_E[:2]}
-        )
+        metrics = {"text/mlm": loss.detach(), "text/mlm_accuracy": accuracy}
+        losses = {"mlm": Summed(loss * len(target_B), len(target_B))}
+        return StepOutput(losses, metrics, {"1/text": load_E, "3/vision": load_E[:2]})
+
+    def predictions(self, batches: dict[str, Batch]) -> dict[str, int]:
+        return {"mlm": len(self._read(batches)[1])}
 
     def tokens(self, batches: dict[str, Batch]) -> int:
         return self._read(batches)[0].numel()

@@ -84,7 +84,10 @@ class WorldConfig:
 
     image_size: int = 48  # pixels; set equal to model.image_size
     concepts: int = 40  # how many things can stand in a scene: ten handwritten digits first, then characters
+    icons: int = 0  # how many further things, drawn by icon fonts
+    facts: int = 0  # texts also state facts about the first so many of Unicode's named characters
     max_objects: int = 2  # 1 to 4 objects in a scene
+    grid: int = 3  # 3: nine places; 2: the four corners, with objects half as large again
     colours: int = 8
     languages: list[str] = field(default_factory=lambda: ["en"])
     captions_in_text: float = 0.5  # share of text-only samples that describe a scene nobody shows

@@ -122,6 +122,10 @@ def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:
         f"model.image_size ({m.image_size})",
     )  # fmt: skip
     need(1 <= world.max_objects <= 4, "data.world.max_objects", world.max_objects, "1 to 4")
+    need(world.grid in {2, 3}, "data.world.grid", world.grid, "2 or 3")
+    for f in ("concepts", "icons", "facts"):
+        need(getattr(world, f) >= 0, f"data.world.{f}", getattr(world, f), "a number not below 0")
+    need(world.concepts + world.icons > 0, "data.world.concepts", world.concepts, "at least 1 where icons is 0")
 
 
 def _train(t: TrainConfig, need: Need) -> None:

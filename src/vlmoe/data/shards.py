@@ -37,7 +37,7 @@ from vlmoe.data.sample import BadSample
 from vlmoe.data.tar import DamagedTar, Member, read_members
 from vlmoe.data.walk import walk_files
 
-FORMAT = "2"  # of a cached index
+FORMAT = "3"  # of a cached index
 MAX_PART_BYTES = 1 << 28  # no image, text or array of a sample is larger
 _CACHED_FROM = 1 << 24  # bytes; smaller shards are scanned in no time
 
@@ -46,13 +46,15 @@ _CACHED_FROM = 1 << 24  # bytes; smaller shards are scanned in no time
 class ShardIndex:
     """Where the samples of a shard are.
 
-    keys: (n,). places: int64 (n, 4, 2), offset and size of each of PARTS, size -1 where there is none.
+    keys: (n,). offsets: int64 (n, 4), sizes: int32 (n, 4), of each of PARTS; size -1 where there is none, one that no
+    part may have is cut to what fits.
     damage: why the rest of the file cannot be read, "" for a whole shard. members: how many there are; ignored: those
     of them that are no part of a sample.
     """
 
     keys: Packed
-    places: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
     damage: str
     members: int = 0
     ignored: Ignored = field(default_factory=Ignored)
@@ -103,7 +105,9 @@ def index_shard(path: Path) -> ShardIndex:
         with np.load(cached, allow_pickle=False) as file:
             about = parse_json(file["about"].tobytes(), str(cached))
             keys = Packed(file["keys"], file["ends"])
-            return ShardIndex(keys, file["places"], about["damage"], about["members"], Ignored.of(about["ignored"]))
+            return ShardIndex(
+                keys, file["offsets"], file["sizes"], about["damage"], about["members"], Ignored.of(about["ignored"])
+            )  # fmt: skip
     except Exception:  # missing or damaged: it is only a cache
         index = scan_shard(path)
     about = {"damage": index.damage, "members": index.members, "ignored": index.ignored.as_dict()}
@@ -112,7 +116,9 @@ def index_shard(path: Path) -> ShardIndex:
         cached.parent.mkdir(parents=True, exist_ok=True)
         temporary = cached.with_suffix(f".{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
-            np.savez(file, keys=index.keys.buffer, ends=index.keys.ends, places=index.places, about=text)
+            np.savez(
+                file, keys=index.keys.buffer, ends=index.keys.ends, offsets=index.offsets, sizes=index.sizes, about=text
+            )
         os.replace(temporary, cached)
     except OSError:  # a read-only home costs time at the next start, nothing else
         pass
@@ -151,7 +157,7 @@ class _Scan:
 
 def scan_shard(path: Path) -> ShardIndex:
     """Find every sample of a shard by its headers. Whole samples before a damaged place are kept."""
-    scan, keys, places = _Scan(path), Packer(), Numbers()
+    scan, keys, offsets, sizes = _Scan(path), Packer(), Numbers(), Numbers()
     last: bytes | None = None
     for _, group in groupby(scan, key=lambda pair: pair[0].key):
         members = list(group)
@@ -163,12 +169,15 @@ def scan_shard(path: Path) -> ShardIndex:
             keys.add(key)
             last = key
             for part in PARTS:
-                places.add(*((parts[part].offset, parts[part].size) if part in parts else (0, -1)))
+                offsets.add(parts[part].offset if part in parts else 0)
+                sizes.add(min(parts[part].size, MAX_PART_BYTES + 1) if part in parts else -1)
     damage = scan.damage
     if damage:
-        where = f"the last good key is {short(last)}" if last is not None else "nothing in it can be read"
-        damage = f"truncated or damaged shard ({damage}); {where}"
-    return ShardIndex(keys.packed(), places.array().reshape(-1, len(PARTS), 2), damage, scan.members, scan.ignored)
+        good = f"the last good key is {short(last)}" if last is not None else "nothing in it can be read"
+        damage = f"truncated or damaged shard ({damage}); {good}"
+    shape = -1, len(PARTS)
+    where, size = offsets.array().reshape(shape), sizes.array().astype(np.int32).reshape(shape)
+    return ShardIndex(keys.packed(), where, size, damage, scan.members, scan.ignored)
 
 
 class ShardSource(FileSource):
@@ -220,11 +229,12 @@ class ShardSource(FileSource):
         return parts
 
     def _part(self, shard: int, entry: int, part: str, key: str) -> bytes | None:
-        offset, size = self.indexes[shard].places[entry, PARTS.index(part)].tolist()
+        index, column = self.indexes[shard], PARTS.index(part)
+        offset, size = int(index.offsets[entry, column]), int(index.sizes[entry, column])
         if size < 0:
             return None
         if size > MAX_PART_BYTES:
-            raise BadSample(key, f"{part} of {size} bytes, more than {MAX_PART_BYTES}")
+            raise BadSample(key, f"{part} of more than {MAX_PART_BYTES} bytes")
         try:
             with self.paths[shard].open("rb", buffering=0) as file:
                 raw = os.pread(file.fileno(), size, offset)

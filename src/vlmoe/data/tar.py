@@ -108,7 +108,7 @@ class _Headers:
             raise DamagedTar("unexpected end of data")
         said = _number(header[_CHECKSUM], "checksum")
         found = sum(header) - sum(header[_CHECKSUM]) + 8 * ord(" ")
-        if said not in {found, found - 256 * sum(b > 127 for b in header[:148] + header[156:])}:
+        if said != found and said != found - 256 * sum(b > 127 for b in header[:148] + header[156:]):  # of signed bytes
             raise DamagedTar("bad checksum of a header")
         return header
 

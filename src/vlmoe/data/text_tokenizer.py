@@ -188,12 +188,7 @@ def train_wordpiece(texts: Iterable[str], vocabulary: int) -> HFTokenizer:
     texts' characters.
     """
     texts = list(texts)
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    apart = pre_tokenizers.Split(tokenizers.Regex(_APART), "isolated")
-    pieces = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), apart, pieces])
-    tokenizer.decoder = decoders.WordPiece()
+    tokenizer = _word_pieces(models.WordPiece(unk_token="[UNK]"))
     special = [names[0] for names in NAMES.values()]
     letters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})
     if not letters:

@@ -182,9 +182,9 @@ def losses(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str, fl
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for batch in batches:
-        for name, (value, count) in model.losses(batch).items():
-            sums[name] = sums.get(name, 0.0) + value.item() * int(count)
-            counts[name] = counts.get(name, 0) + int(count)
+        for name, loss in model.losses(batch).items():
+            sums[name] = sums.get(name, 0.0) + loss.total.item()
+            counts[name] = counts.get(name, 0) + int(loss.count)
     means = {name: sums[name] / max(counts[name], 1) for name in sums}
     return means | {"sum": sum(means.values())}
 

@@ -24,6 +24,7 @@ from vlmoe.config import Recipe, UserError, read_json
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import Step, StepData, held_out, held_out_size
 from vlmoe.evaluate.masked import losses
+from vlmoe.tasks.base import Summed
 from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.train.loop import Trainer, pick_device, train
 from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer, prepare_visual_tokenizer
@@ -87,7 +88,7 @@ def _nan(at: int) -> Disturb:
             return
 
         def spoil(module: nn.Module, inputs: Any, output: Any) -> None:
-            output.loss = output.loss * math.nan
+            output.losses["fault"] = Summed(torch.tensor(math.nan, device=output.loss.device), 1)
             handle.remove()
 
         handle = trainer.task.register_forward_hook(spoil)

@@ -25,7 +25,7 @@ from vlmoe.data.downstream.collate import Prepare
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.metrics import Score, bleu4, cider_d
-from vlmoe.tasks.base import StepOutput
+from vlmoe.tasks.base import StepOutput, Summed
 from vlmoe.tasks.downstream import Downstream
 
 
@@ -83,7 +83,11 @@ class Caption(Downstream):
         logits_MV = self.text_logits(output.features("text").flatten(0, 1).index_select(0, hidden_M))
         target_M = batch.target_BT.flatten().index_select(0, hidden_M)
         accuracy = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
-        return self.output(F.cross_entropy(logits_MV, target_M), [output], accuracy=accuracy)
+        loss = Summed(F.cross_entropy(logits_MV, target_M, reduction="sum"), len(target_M))
+        return self.output(loss, [output], accuracy=accuracy)
+
+    def predictions(self, batches: dict[str, Batch]) -> dict[str, int]:
+        return {self.task: len(batches["pair"].hidden_tokens())} | super().predictions(batches)
 
     # ------------------------------------------------------------------------------------------------------- writing
     @torch.no_grad()

@@ -25,7 +25,7 @@ from vlmoe.data.downstream.example import Example
 from vlmoe.metrics import Score
 from vlmoe.model import Backbone, BackboneOutput
 from vlmoe.moe import Experts, MoELayer, Router, RoutingStats, SoftRouter
-from vlmoe.tasks.base import StepOutput, Task
+from vlmoe.tasks.base import StepOutput, Summed, Task
 from vlmoe.tasks.pretrain import first_choices, summarise_routing
 
 SHOWN = 5  # best answers kept of each prediction
@@ -97,14 +97,17 @@ class Downstream(Task):
             parts.append(self.backbone.text(batch.text_BT, batch.valid_BT))
         return self.backbone(parts, causal)
 
-    def output(self, loss: Tensor, outputs: Sequence[BackboneOutput], **metrics: Tensor) -> StepOutput:
+    def output(self, loss: Summed, outputs: Sequence[BackboneOutput], **metrics: Tensor) -> StepOutput:
         """The step's output with the routing of all passes through the backbone."""
         routed: list[tuple[str, RoutingStats]] = [item for output in outputs for item in output.stats.items()]
         routing = summarise_routing(routed)
         named = {f"{self.task}/{name}": value.detach() for name, value in metrics.items()}
-        task_loss = {f"{self.task}/loss": loss.detach()}
-        total = loss + routing.loss
-        return StepOutput(total, task_loss | named | routing.metrics, routing.load, routing.layers, routing.spans)
+        named = {f"{self.task}/loss": loss.mean.detach()} | named
+        losses = {self.task: loss} | routing.losses
+        return StepOutput(losses, named | routing.metrics, routing.load, routing.layers, routing.spans)
+
+    def predictions(self, batches: dict[str, Batch]) -> dict[str, int]:
+        return self.routed_tokens(batches)
 
     def tokens(self, batches: dict[str, Batch]) -> int:
         patches = (self.recipe.model.image_size // self.recipe.model.patch) ** 2 + 1
@@ -155,17 +158,21 @@ class Classifier(Downstream):
         """(B, L) scores of the labels, and what the backbone did."""
 
     def loss(self, logits_BL: Tensor, label_B: Tensor) -> Tensor:
-        return F.cross_entropy(logits_BL, label_B)
+        """Summed over the examples."""
+        return F.cross_entropy(logits_BL, label_B, reduction="sum")
 
     def probabilities(self, logits_BL: Tensor) -> Tensor:
         return logits_BL.softmax(dim=-1)
 
     def forward(self, batches: dict[str, Batch]) -> StepOutput:
         logits_BL, outputs = self.logits(batches)
-        label = next(b.label_B for b in batches.values() if b.label_B is not None)
+        label = _labels(batches)
         best_B = label if label.ndim == 1 else label.argmax(dim=-1)
         accuracy = (logits_BL.detach().argmax(dim=-1) == best_B).float().mean()
-        return self.output(self.loss(logits_BL.float(), label), outputs, accuracy=accuracy)
+        return self.output(Summed(self.loss(logits_BL.float(), label), len(label)), outputs, accuracy=accuracy)
+
+    def predictions(self, batches: dict[str, Batch]) -> dict[str, int]:
+        return {self.task: len(_labels(batches))} | super().predictions(batches)
 
     @torch.no_grad()
     def choices(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
@@ -182,6 +189,10 @@ class Classifier(Downstream):
     def show(self, answer: Guess) -> list[dict[str, Any]]:
         pairs = zip(answer.labels, answer.probabilities, strict=True)
         return [{"answer": self.labels[label], "probability": p} for label, p in pairs]
+
+
+def _labels(batches: dict[str, Batch]) -> Tensor:
+    return next(b.label_B for b in batches.values() if b.label_B is not None)
 
 
 def first_tokens(output: BackboneOutput) -> Tensor:

@@ -21,7 +21,7 @@ from vlmoe.data.visual_tokenizer import VisualTokenizer
 from vlmoe.model import Backbone, BackboneOutput
 from vlmoe.moe import RoutingStats
 from vlmoe.moe.balance import balance_of
-from vlmoe.tasks.base import Span, StepOutput, Task
+from vlmoe.tasks.base import ROUTING, Span, StepOutput, Summed, Task
 
 
 class MaskedDataModelling(Task):
@@ -67,8 +67,7 @@ class MaskedDataModelling(Task):
         return F.linear(x_MD, self.backbone.text.tokens.weight, self.text_bias)
 
     def forward(self, batches: dict[str, Batch]) -> StepOutput:
-        losses: dict[str, Tensor] = {}
-        counts: dict[str, Tensor] = {}
+        losses: dict[str, Summed] = {}
         metrics: dict[str, Tensor] = {}
         routed: list[tuple[str, RoutingStats]] = []
         for kind, batch in batches.items():
@@ -76,26 +75,34 @@ class MaskedDataModelling(Task):
             routed += output.stats.items()
             if batch.image_BCHW is not None:
                 name = f"{kind}/mim"
-                losses[name], counts[name], metrics[f"{name}_accuracy"] = self._mim(batch, output)
+                losses[name], metrics[f"{name}_accuracy"] = self._mim(batch, output)
             if batch.text_BT is not None:
                 name = f"{kind}/mlm"
-                losses[name], counts[name], metrics[f"{name}_accuracy"] = self._mlm(batch, output)
+                losses[name], metrics[f"{name}_accuracy"] = self._mlm(batch, output)
         routing = summarise_routing(routed)
-        loss = pool(losses, counts) + routing.loss
-        metrics = {name: value.detach() for name, value in losses.items()} | metrics | routing.metrics
-        return StepOutput(loss, metrics, routing.load, routing.layers, routing.spans)
+        metrics = {name: loss.mean.detach() for name, loss in losses.items()} | metrics | routing.metrics
+        return StepOutput(pool(losses) | routing.losses, metrics, routing.load, routing.layers, routing.spans)
+
+    def predictions(self, batches: dict[str, Batch]) -> dict[str, int]:
+        counts = {"mlm": 0, "mim": 0}
+        for batch in batches.values():
+            if batch.target_BT is not None:
+                counts["mlm"] += len(batch.hidden_tokens())
+            if batch.patch_mask_BP is not None:
+                counts["mim"] += len(batch.hidden_patches())
+        return counts | self.routed_tokens(batches)
 
     @torch.no_grad()
     def choices(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
         return first_choices(item for batch in batches.values() for item in self.run(batch).stats.items())
 
-    def losses(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """ "mlm", "mim" -> mean loss of one batch and its number of predictions, where the batch has them."""
+    def losses(self, batch: Batch) -> dict[str, Summed]:
+        """ "mlm", "mim" -> loss of one batch, where it has predictions of that sort."""
         output, found = self.run(batch), {}
         if batch.text_BT is not None:
-            found["mlm"] = self._mlm(batch, output)[:2]
+            found["mlm"] = self._mlm(batch, output)[0]
         if batch.image_BCHW is not None:
-            found["mim"] = self._mim(batch, output)[:2]
+            found["mim"] = self._mim(batch, output)[0]
         return found
 
     def tokens(self, batches: dict[str, Batch]) -> int:
@@ -107,7 +114,7 @@ class MaskedDataModelling(Task):
                 total += int(batch.valid_BT.sum())
         return total
 
-    def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor, Tensor]:
+    def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Summed, Tensor]:
         if self.visual_tokenizer is None:
             raise ValueError("masked image modelling needs a visual tokenizer; this model was built without one")
         hidden_M = batch.hidden_patches()
@@ -115,42 +122,40 @@ class MaskedDataModelling(Task):
         x_MD = output.features("vision")[:, 1:].flatten(0, 1).index_select(0, hidden_M)  # the class token has no code
         return _predict(self.image_head(x_MD), target_M)
 
-    def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor, Tensor]:
+    def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Summed, Tensor]:
         assert batch.target_BT is not None
         hidden_M = batch.hidden_tokens()
         x_MD = output.features("text").flatten(0, 1).index_select(0, hidden_M)
         return _predict(self.text_logits(x_MD), batch.target_BT.flatten().index_select(0, hidden_M))
 
 
-def pool(losses: dict[str, Tensor], counts: dict[str, Tensor]) -> Tensor:
-    """The mean over all hidden text tokens plus the mean over all hidden patches, whatever kind of batch they are in.
+def pool(losses: dict[str, Summed]) -> dict[str, Summed]:
+    """ "mlm", "mim" -> over all hidden text tokens, or patches, whatever kind of batch they are in.
 
-    losses, counts: "kind/objective" -> mean loss, number of predictions. Adding the kinds' means instead would give
-    four texts the weight of thirty-two pairs, and their noise most of the gradient.
+    losses: "kind/objective" -> loss. Adding the kinds' means instead would give four texts the weight of thirty-two
+    pairs, and their noise most of the gradient.
     """
-    total = torch.zeros((), device=next(iter(losses.values())).device)
-    for objective in ("mlm", "mim"):
-        names = [name for name in losses if name.endswith(f"/{objective}")]
-        if names:
-            count = torch.stack([counts[name] for name in names]).float()
-            total = total + (torch.stack([losses[name] for name in names]) * count).sum() / count.sum().clamp_min(1)
-    return total
+    found: dict[str, Summed] = {}
+    for name, loss in losses.items():
+        objective = name.rpartition("/")[2]
+        before = found.get(objective)
+        found[objective] = loss if before is None else Summed(before.total + loss.total, before.count + loss.count)
+    return found
 
 
-def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy in float32, number of predictions, accuracy."""
+def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Summed, Tensor]:
+    """Cross-entropy in float32, and accuracy."""
     logits_MV = logits_MV.float()
     accuracy = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
-    count = torch.full((), len(target_M), device=target_M.device)  # no copy from the host, which would wait
-    return F.cross_entropy(logits_MV, target_M), count, accuracy
+    return Summed(F.cross_entropy(logits_MV, target_M, reduction="sum"), len(target_M)), accuracy
 
 
 @dataclass
 class RoutingSummary:
-    """loss: of routing, with gradient, or 0.0 where nothing was routed. metrics: averaged over the layers of a modality
-    ("vision/balance", "text/max_load", ...). load, layers, spans: see `StepOutput`."""
+    """losses: of routing, "routing/block/modality" -> weighted by tokens. metrics: averaged over the layers
+    of a modality ("vision/balance", "text/max_load", ...). load, layers, spans: see `StepOutput`."""
 
-    loss: Tensor | float
+    losses: dict[str, Summed]
     metrics: dict[str, Tensor]
     load: dict[str, Tensor]
     layers: dict[str, dict[str, Tensor]]
@@ -166,13 +171,14 @@ def summarise_routing(routed: Iterable[tuple[str, RoutingStats]]) -> RoutingSumm
     passes: dict[str, list[RoutingStats]] = {}
     for name, stats in routed:
         passes.setdefault(name, []).append(stats)
-    found = RoutingSummary(0.0, {}, {}, {}, {})
+    found = RoutingSummary({}, {}, {}, {}, {})
     by_modality: dict[str, list[Tensor]] = {}
     for name, layer in passes.items():
         modality = name.rsplit("/", 1)[1]
         tokens = torch.stack([s.tokens for s in layer])
         share = tokens.float() / tokens.sum().clamp_min(1)
-        found.loss = found.loss + (torch.stack([s.loss for s in layer]) * share).sum()
+        total = (torch.stack([s.loss for s in layer]) * tokens).sum()
+        found.losses[f"{ROUTING}/{name}"] = Summed(total, tokens.sum())
         found.load[name] = load_E = torch.stack([s.load_E for s in layer]).sum(dim=0).detach()
         sums = [s.balance for s in layer if s.balance is not None]
         if sums:

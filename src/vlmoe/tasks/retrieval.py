@@ -22,7 +22,7 @@ from vlmoe.data.batch import Batch
 from vlmoe.data.downstream.collate import Prepare
 from vlmoe.data.downstream.example import Example
 from vlmoe.metrics import Score, ranks, recall
-from vlmoe.tasks.base import StepOutput
+from vlmoe.tasks.base import StepOutput, Summed
 from vlmoe.tasks.downstream import Downstream
 
 MAX_SCALE = math.log(100)  # of the similarities, as in CLIP
@@ -83,7 +83,8 @@ class Retrieval(Downstream):
         image_BD = F.normalize(self.image_head(outputs[0].features("vision")[:, 0]).float(), dim=-1)
         text_BD = F.normalize(self.text_head(outputs[1].features("text")[:, 0]).float(), dim=-1)
         loss, accuracy = contrastive_loss(image_BD, text_BD, self.log_scale.clamp(max=MAX_SCALE).exp())
-        return self.output(loss, outputs, accuracy=accuracy, scale=self.log_scale.exp())
+        # images and texts of the batch are each other's negatives: no sum over predictions, so one of the whole batch
+        return self.output(Summed(loss, 1), outputs, accuracy=accuracy, scale=self.log_scale.exp())
 
     @torch.no_grad()
     def predict(self, batches: dict[str, Batch]) -> list[Embedded]:

@@ -57,8 +57,8 @@ class VQA(Classifier):
         return self.head(first_tokens(output)), [output]
 
     def loss(self, logits_BL: Tensor, label_BL: Tensor) -> Tensor:
-        """Summed over the answers, so that its size does not hang on how many there are."""
-        return F.binary_cross_entropy_with_logits(logits_BL, label_BL) * len(self.labels)
+        """Summed over the answers, so that its size does not hang on how many there are, and over the examples."""
+        return F.binary_cross_entropy_with_logits(logits_BL, label_BL, reduction="sum")
 
     def probabilities(self, logits_BL: Tensor) -> Tensor:
         return logits_BL.sigmoid()

@@ -12,6 +12,7 @@ import hashlib
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -290,23 +291,26 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         outputs: list[StepOutput] = []
+        records: list[dict[str, Tensor]] = []
         load: dict[str, Tensor] = {}
-        for i in range(config.accumulate):
-            batches = self._next(data)
+        micro_batches, predictions = self._next(data)
+        for i, batches in enumerate(micro_batches):
             self.watch.see(batches)
             if self.disturb is not None:
                 self.disturb(self, self.state.micro_step + i)
             torch.manual_seed(seed_of(self.recipe.seed, self.state.micro_step + i))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 output = self.task(batches)
-            loss = output.loss + balance_beyond_passes(output.spans, load, sum_over_devices())
-            (loss / config.accumulate).backward()
-            outputs.append(replace(output, loss=loss.detach(), spans={}))
+            loss = output.loss_in_step(predictions, config.accumulate)
+            loss = loss + balance_beyond_passes(output.spans, load, sum_over_devices()) / config.accumulate
+            loss.backward()
+            outputs.append(replace(output, losses={}, spans={}))
+            records.append({"loss": loss.detach() * config.accumulate, **output.metrics})  # their mean is the step's
             load = _sum([load, output.load])
         grad_norm = clip_gradients(self.task, config.clip)
         self.watch.count(load)
         watched = self.watch.look(outputs) if self.watch.due(number) else {}
-        records = [{"loss": o.loss, "grad_norm": grad_norm, **o.metrics} for o in outputs]
+        records = [record | {"grad_norm": grad_norm} for record in records]
         ok = self._admit(number, records)
         self.optimizer.step()
         for name, layer in self.routed.items():
@@ -314,7 +318,7 @@ class Trainer:
                 layer.router.balance(load[name], ok * layer.pressure)
         self.state.step = number
         self.state.micro_step += config.accumulate
-        self.last_loss = torch.stack([o.loss for o in outputs]).double().mean()
+        self.last_loss = torch.stack([record["loss"] for record in records]).double().mean()
         last = number == config.steps
         if number % config.log_every == 0 or last:
             means = _mean(records)
@@ -399,20 +403,25 @@ class Trainer:
         if self.validation is not None and self.validation.best_step:
             checkpoint.load_weights(self.run_dir / BEST, self.task)
 
-    def _next(self, data: Iterator[Step]) -> dict[str, Batch]:
-        """The next micro-batch on the device; its bad samples counted, its waiting time measured."""
-        began = time.perf_counter()
-        step = next(data)
-        waited = time.perf_counter() - began
-        try:
-            self.budget.add(step)
-        except OSError as error:
-            raise RunError(f"{self.run_dir / SKIPPED}: cannot be written: {error}") from None
-        tokens = self.task.tokens(step.batches)  # counted on the CPU: no waiting for the device
-        for clock in (self.launched, self.lap):
-            clock.waited += waited
-            clock.tokens += tokens
-        return {kind: batch.to(self.device) for kind, batch in step.batches.items()}
+    def _next(self, data: Iterator[Step]) -> tuple[list[dict[str, Batch]], Counter[str]]:
+        """The micro-batches of the next step on the device, and the predictions in all of them; bad samples and the
+        time of waiting are counted."""
+        found, predictions = [], Counter[str]()
+        for _ in range(self.config.accumulate):
+            began = time.perf_counter()
+            step = next(data)
+            waited = time.perf_counter() - began
+            try:
+                self.budget.add(step)
+            except OSError as error:
+                raise RunError(f"{self.run_dir / SKIPPED}: cannot be written: {error}") from None
+            tokens = self.task.tokens(step.batches)  # counted on the CPU: no waiting for the device
+            predictions.update(self.task.predictions(step.batches))
+            for clock in (self.launched, self.lap):
+                clock.waited += waited
+                clock.tokens += tokens
+            found.append({kind: batch.to(self.device) for kind, batch in step.batches.items()})
+        return found, predictions
 
     def _check_finite(self, number: int, means: dict[str, float]) -> None:
         if math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]):

@@ -91,18 +91,16 @@ class Captioner:
     def _name(self, concept: Concept, known: dict[str, str]) -> tuple[Piece, ...]:
         """ "digit" + "seven", "greek small letter" + "alpha with tonos": the kind, then what sets it apart."""
         known = known | {"concept": concept.name, "kind": concept.kind, "script": concept.script}
-        return name_pieces(self.language, concept.sort, concept.label, known, concept.kind == "digit")
+        return name_pieces(self.language, concept.sort, concept.label, known, concept.noun)
 
 
-def name_pieces(
-    language: Language, sort: str, label: str, known: dict[str, str], digit: bool, noun: bool = True
-) -> tuple[Piece, ...]:
-    """A name as one or two pieces. digit: translated ("Ziffer sieben"); others keep Unicode's words, after the
-    language's noun if `noun`."""
-    if digit:
+def name_pieces(language: Language, sort: str, label: str, known: dict[str, str], noun: str = "") -> tuple[Piece, ...]:
+    """A name as one or two pieces. noun: a key of the language's nouns, put before the name; "" for none. A digit is
+    translated ("Ziffer sieben"); others keep their English words."""
+    if noun == "digit":
         sort, label = language.noun["digit"], language.digits[DIGIT_WORDS.index(label)]
-    elif noun and language.noun["character"]:
-        sort = f"{language.noun['character']} {sort}".rstrip()
+    elif noun and language.noun[noun]:
+        sort = f"{language.noun[noun]} {sort}".rstrip()
     named = (label, known | {"word_class": "name"})
     return ((sort, known | {"word_class": "kind"}), named) if sort else (named,)
 

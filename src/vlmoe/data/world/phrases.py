@@ -16,7 +16,7 @@ SPAN_FACTORS = (
 )  # fmt: skip
 WORD_CLASSES = (
     "name", "kind", "colour", "size", "place", "relation", "number", "background", "category", "script", "code",
-    "character", "value", "function",
+    "character", "value", "face", "set", "function",
 )  # fmt: skip
 
 _OBJECT = re.compile(r"\{o(\d)(:[a-z]+)?\}")

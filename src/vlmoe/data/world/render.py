@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from vlmoe.data.world.glyphs import digit_mask, glyph_mask
+from vlmoe.data.world.glyphs import digit_mask, glyph_mask, icon_mask
 from vlmoe.data.world.scene import BACKGROUNDS, COLOURS, Scene, SceneObject
 
 PATCH_FACTORS = ("object", "concept", "kind", "script", "colour", "size", "face", "background")
@@ -19,6 +19,8 @@ def mask_of(thing: SceneObject) -> np.ndarray:
     size = thing.box[2] - thing.box[0]
     if thing.sample >= 0:
         return digit_mask(thing.sample, size)
+    if thing.drawing:
+        return icon_mask(thing.drawing.font, thing.drawing.code, size)
     return glyph_mask(thing.concept.character, thing.face, size)
 
 

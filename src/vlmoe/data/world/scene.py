@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlmoe.config import RecipeError, WorldConfig
-from vlmoe.data.world.concepts import DIGITS, Concept, concepts
+from vlmoe.data.world.concepts import DIGITS, MAX_CONCEPTS, Concept, in_play
 from vlmoe.data.world.draws import Draws, stable_hash
 from vlmoe.data.world.glyphs import HANDWRITING, HELD_OUT_FACE, TRAIN_FACES, handwriting_pools
+from vlmoe.data.world.icons import Drawing, Thing, by_set, things
 
 RGB = tuple[int, int, int]
 
@@ -41,15 +42,17 @@ PLACES = (
     "bottom left", "bottom centre", "bottom right",
 )  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
-SPLITS = ("train", "val", "handwriting", "font", "attributes")
+CORNERS = tuple(PLACES[i] for i in (0, 2, 6, 8))
+SPLITS = ("train", "val", "handwriting", "font", "attributes", "drawing", "unseen")
 
 _CONTRAST = 500  # from here on a background serves a colour; see `contrast`
 
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One object. face: a name of glyphs.FACES, or "handwriting". sample: number of the handwritten sample, else -1.
-    place: a name of PLACES. box: left, top, right, bottom in pixels; the ink fills it in its longer direction.
+    """One object. face: a name of glyphs.FACES, "handwriting", or an icon's set and style. sample: number of the
+    handwritten sample, else -1. place: a name of PLACES. box: left, top, right, bottom in pixels; the ink fills it in
+    its longer direction. drawing: an icon's.
     """
 
     concept: Concept
@@ -59,10 +62,11 @@ class SceneObject:
     face: str
     sample: int
     box: tuple[int, int, int, int]
+    drawing: Drawing | None = field(default=None, repr=False)  # the face tells it
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Row and column on the 3x3 grid."""
+        """Row and column on the 3x3 grid; the four corners of it where a world has only those."""
         row, column = divmod(PLACES.index(self.place), 3)
         return row, column
 
@@ -101,9 +105,44 @@ def held_out_colours(concept: Concept, colours: list[str]) -> set[str]:
 
 
 def available_splits(config: WorldConfig) -> tuple[str, ...]:
-    """The splits that this dial can fill: "font" needs characters, "attributes" at least two colours."""
-    fillable = {"font": config.concepts > DIGITS, "attributes": config.colours >= 2}
+    """The splits that this dial can fill: "handwriting" needs digits, "font" characters, "attributes" at least two
+    colours, "drawing" an icon that several sets draw, "unseen" one that training leaves out."""
+    icons = things()[: config.icons] if config.icons > 0 else ()
+    fillable = {
+        "handwriting": config.concepts > 0,
+        "font": config.concepts > DIGITS,
+        "attributes": config.colours >= 2,
+        "drawing": any(_in_drawing(thing) for thing in icons),
+        "unseen": any(thing.unseen for thing in icons),
+    }
     return tuple(split for split in SPLITS if fillable.get(split, True))
+
+
+def places_of(grid: int) -> tuple[str, ...]:
+    """The places of a grid of 3x3 or 2x2 cells, row by row."""
+    return PLACES if grid == 3 else CORNERS
+
+
+def _in_drawing(thing: Thing) -> bool:
+    return bool(thing.held_out) and not thing.unseen
+
+
+def _shown(concept: Concept, split: str) -> bool:
+    """Whether a split shows the concept."""
+    if split == "handwriting":
+        return concept.kind == "digit"
+    if split == "font":
+        return concept.kind in {"letter", "symbol"}
+    if split == "drawing":
+        return concept.thing is not None and _in_drawing(concept.thing)
+    return concept.unseen == (split == "unseen")
+
+
+def _drawings(thing: Thing, split: str) -> tuple[tuple[Drawing, ...], ...]:
+    """The drawings that a split shows of a thing, set by set."""
+    if split == "drawing":
+        return by_set(thing.held_out)
+    return by_set(thing.drawings + thing.held_out if split == "unseen" else thing.drawings)
 
 
 class SceneMaker:
@@ -112,28 +151,25 @@ class SceneMaker:
     def __init__(self, config: WorldConfig, split: str) -> None:
         _check(config, split)
         self.max_objects = config.max_objects
-        known = concepts(config.concepts)
-        if split == "handwriting":
-            known = known[:DIGITS]
-        elif split == "font":
-            known = known[DIGITS:]
-        self.concepts = known
-        in_play = list(COLOURS)[: config.colours]
+        self.concepts = known = tuple(concept for concept in in_play(config) if _shown(concept, split))
+        palette = list(COLOURS)[: config.colours]
         self._colours: dict[int, list[str]] = {}
         for concept in known:
-            kept_out = held_out_colours(concept, in_play)
+            kept_out = held_out_colours(concept, palette)
             wanted = split == "attributes"
-            self._colours[concept.index] = [c for c in in_play if (c in kept_out) == wanted]
+            self._colours[concept.index] = [c for c in palette if (c in kept_out) == wanted]
         self._faces = (HELD_OUT_FACE,) if split == "font" else TRAIN_FACES
         self._samples = handwriting_pools()[split if split in {"val", "handwriting"} else "train"]
+        self._drawings = {c.index: _drawings(c.thing, split) for c in known if c.thing}
         self._backgrounds: dict[frozenset[str], tuple[str, ...]] = {}
-        self._lines = [config.image_size * i // 3 for i in range(4)]  # the grid's lines in pixels
-        cell = config.image_size // 3
+        self._grid, self._places = config.grid, places_of(config.grid)
+        self._lines = [config.image_size * i // config.grid for i in range(config.grid + 1)]  # in pixels
+        cell = config.image_size // config.grid
         self.pixels = {"small": max(1, cell * 11 // 16), "large": cell}
 
     def __call__(self, draws: Draws) -> Scene:
         count = 1 + draws.below(self.max_objects)
-        free = list(range(9))
+        free = list(range(len(self._places)))
         objects = tuple(self._object(draws, free.pop(draws.below(len(free)))) for _ in range(count))
         key = frozenset(o.colour for o in objects)
         backgrounds = self._backgrounds.get(key)
@@ -145,15 +181,20 @@ class SceneMaker:
         concept = draws.choice(self.concepts)
         colour = draws.choice(self._colours[concept.index])
         size = SIZES[draws.below(2)]
+        sample, drawing = -1, None
         if concept.index < DIGITS:
             face, sample = HANDWRITING, draws.choice(self._samples[concept.index])
-        else:
-            face, sample = draws.choice(self._faces), -1
-        row, column = divmod(place, 3)
+        elif concept.index < MAX_CONCEPTS:
+            face = draws.choice(self._faces)
+        else:  # sets are as likely as each other, whatever the number of their styles
+            drawing = draws.choice(draws.choice(self._drawings[concept.index]))
+            face = drawing.face
+        row, column = divmod(place, self._grid)
         pixels, lines = self.pixels[size], self._lines
         left = lines[column] + draws.below(lines[column + 1] - lines[column] - pixels + 1)
         top = lines[row] + draws.below(lines[row + 1] - lines[row] - pixels + 1)
-        return SceneObject(concept, colour, size, PLACES[place], face, sample, (left, top, left + pixels, top + pixels))
+        box = (left, top, left + pixels, top + pixels)
+        return SceneObject(concept, colour, size, self._places[place], face, sample, box, drawing)
 
 
 def _contrasting(colours: frozenset[str]) -> tuple[str, ...]:
@@ -168,12 +209,19 @@ def _check(config: WorldConfig, split: str) -> None:
         if not ok:
             raise RecipeError(f"key 'data.world.{key}' got {value!r}, wanted {wanted}")
 
-    concepts(config.concepts)
+    in_play(config)
+    need(config.grid in {2, 3}, "grid", config.grid, "2 or 3")
     need(config.image_size >= 36, "image_size", config.image_size, "at least 36 pixels: smaller glyphs are illegible")
     need(1 <= config.max_objects <= 4, "max_objects", config.max_objects, "1 to 4")
     need(1 <= config.colours <= len(COLOURS), "colours", config.colours, f"1 to {len(COLOURS)}")
     if split not in SPLITS:
         raise RecipeError(f"the world has no split '{split}': it has {', '.join(SPLITS)}")
     if split not in available_splits(config):
-        key, value = ("concepts", f"above {DIGITS}") if split == "font" else ("colours", "at least 2")
+        key, value = {
+            "handwriting": ("concepts", "at least 1"),
+            "font": ("concepts", f"above {DIGITS}"),
+            "attributes": ("colours", "at least 2"),
+            "drawing": ("icons", "at least 1"),
+            "unseen": ("icons", f"at least {1 + next(i for i, thing in enumerate(things()) if thing.unseen)}"),
+        }[split]
         need(False, key, getattr(config, key), f"{value} for the split '{split}'")

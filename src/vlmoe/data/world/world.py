@@ -9,12 +9,14 @@ import numpy as np
 from vlmoe.config import RecipeError, WorldConfig
 from vlmoe.data.sample import KINDS, Sample, Span
 from vlmoe.data.world.captions import captioner
+from vlmoe.data.world.concepts import character_concept
 from vlmoe.data.world.draws import Draws
 from vlmoe.data.world.facts import state_fact
 from vlmoe.data.world.languages import LANGUAGES, languages_of
 from vlmoe.data.world.phrases import SPAN_FACTORS
 from vlmoe.data.world.render import PATCH_FACTORS, patch_factors, render
 from vlmoe.data.world.scene import Scene, SceneMaker
+from vlmoe.data.world.unicode_table import named_characters
 
 LENGTH = 2**62
 BETWEEN = " . "  # two captions of one scene
@@ -22,7 +24,7 @@ FACTORS = {"patch": PATCH_FACTORS, "span": SPAN_FACTORS}
 
 
 class World:
-    """Pictures of handwritten digits and characters, captions of them, and facts about them.
+    """Pictures of handwritten digits, characters and icons, captions of them, and facts about them.
 
     kind: "image", "text" or "pair". split: "train", or one that shows what training never does (see `scene.SPLITS`).
     patch: pixels; when given, samples with an image carry `patch_factors`. A text is the caption of a scene that
@@ -49,6 +51,7 @@ class World:
                 raise RecipeError(f"key 'data.world.{name}' got {share!r}, wanted a share from 0 to 1")
         self.config, self.kind, self.split, self.seed, self.patch = config, kind, split, seed, patch
         self._make = SceneMaker(config, split)
+        self._told = self._characters_told()
 
     def __len__(self) -> int:
         return LENGTH
@@ -96,8 +99,21 @@ class World:
                 moved = tuple(Span(s.start + shift, s.stop + shift, s.factors) for s in more)
                 return text + BETWEEN + again, spans + moved
             return text, spans
-        concept = draws.choice(self._make.concepts)
+        shown = self._make.concepts
+        number = draws.below(len(shown) + len(self._told))
+        concept = shown[number] if number < len(shown) else character_concept(self._told[number - len(shown)])
         return state_fact(concept, LANGUAGES[draws.choice(self.config.languages)], draws)
+
+    def _characters_told(self) -> tuple[str, ...]:
+        """Characters that no scene shows and facts name. Splits that show some kinds alone have none."""
+        count = self.config.facts
+        if not count or self.split not in {"train", "val", "attributes"}:
+            return ()
+        named = named_characters()
+        if not 0 <= count <= len(named):
+            raise RecipeError(f"key 'data.world.facts' got {count!r}, wanted 0 to {len(named)}")
+        shown = {concept.character for concept in self._make.concepts}
+        return tuple(character for character in named[:count] if character not in shown)
 
     def _caption(self, scene: Scene, draws: Draws) -> tuple[str, tuple[Span, ...]]:
         return captioner(draws.choice(self.config.languages)).speak(scene, draws)

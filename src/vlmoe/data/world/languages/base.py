@@ -24,6 +24,14 @@ CATEGORIES = {
     "Pf": "final quotation mark",
     "Po": "punctuation mark",
     "Pc": "connector",
+    "Mn": "nonspacing mark",
+    "Mc": "spacing mark",
+    "Me": "enclosing mark",
+    "Nl": "letter number",
+    "Zs": "space",
+    "Zl": "line separator",
+    "Zp": "paragraph separator",
+    "Cf": "format character",
 }
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -36,7 +44,7 @@ def no_inflection(slot: str, word: str, case: str, digit: bool) -> str:
 class Language:
     """Words and phrasings of one language. Names of characters stay Unicode's own, in every language.
 
-    Tables map this world's English value to the word. noun: "digit" and "character" as nouns put before a name;
+    Tables map this world's English value to the word. noun: "digit", "character" and "icon" as nouns put before a name;
     empty where the name already says it.
 
     Templates are words and slots. Of a caption: `{o1}` is the first object said in any way of `objects`, `{o2:dat}` the

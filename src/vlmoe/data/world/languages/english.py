@@ -9,7 +9,7 @@ def _article(following: str, case: str = "nom", digit: bool = False) -> str:
 
 ENGLISH = Language(
     code="en",
-    noun={"digit": "digit", "character": ""},
+    noun={"digit": "digit", "character": "", "icon": ""},
     colours={colour: colour for colour in COLOURS},
     sizes={"small": "small", "large": "large"},
     places={
@@ -64,9 +64,11 @@ ENGLISH = Language(
         "lower": ("the lowercase form of {name} is {name2}", "in lower case {name} becomes {name2}"),
         "upper": ("the uppercase form of {name} is {name2}", "in upper case {name} becomes {name2}"),
         "parts": ("{name} decomposes into {name2} and {name3}", "{name2} and {name3} compose {name}"),
+        "glyph": ("in {face} the code point of {name} is {code}", "in {face} {name} has the code point {code}"),
+        "set": ("{set} draws {name}", "there is a drawing of {name} in {set}"),
     },
     sized="{article} {size} {name}",
-    definite={"digit": "the", "character": "the"},
+    definite=dict.fromkeys(("digit", "character", "icon"), "the"),
     conjunction="and",
     premises={"matched": ("there is {x}", "{x}", "here is {x}"), "mismatched": ("a picture of {x}", "one can see {x}")},
     hypotheses={

@@ -2,13 +2,13 @@ from vlmoe.data.world.languages.base import Language
 
 
 def _article(following: str, case: str, digit: bool) -> str:
-    """Chiffre and caractère are both masculine; a relation ends in "de", which joins the article."""
+    """Chiffre, caractère and pictogramme are masculine; a relation ends in "de", which joins the article."""
     return "d'un" if case == "dat" else "un"
 
 
 FRENCH = Language(
     code="fr",
-    noun={"digit": "chiffre", "character": "caractère"},
+    noun={"digit": "chiffre", "character": "caractère", "icon": "pictogramme"},
     colours={
         "red": "rouge", "green": "vert", "blue": "bleu", "yellow": "jaune", "white": "blanc", "black": "noir",
         "orange": "orange", "purple": "violet", "pink": "rose", "brown": "marron", "turquoise": "turquoise",
@@ -55,6 +55,14 @@ FRENCH = Language(
         "Pf": "un guillemet final",
         "Po": "un signe de ponctuation",
         "Pc": "un connecteur",
+        "Mn": "un diacritique sans chasse",
+        "Mc": "un diacritique avec chasse",
+        "Me": "un diacritique englobant",
+        "Nl": "une lettre numérale",
+        "Zs": "une espace",
+        "Zl": "un séparateur de lignes",
+        "Zp": "un séparateur de paragraphes",
+        "Cf": "un caractère de formatage",
     },
     objects=("{article} {size} {name} {colour}", "{article} {name} {colour}"),
     one=(
@@ -91,9 +99,11 @@ FRENCH = Language(
         "lower": ("{name} a pour minuscule {name2}", "en minuscule, {name} devient {name2}"),
         "upper": ("{name} a pour majuscule {name2}", "en majuscule, {name} devient {name2}"),
         "parts": ("{name} se décompose en {name2} et {name3}", "{name2} et {name3} forment {name}"),
+        "glyph": ("dans {face}, {name} a pour point de code {code}", "point de code de {name} dans {face} : {code}"),
+        "set": ("{set} dessine {name}", "il y a un dessin de {name} dans {set}"),
     },
     sized="{article} {size} {name}",
-    definite={"digit": "le", "character": "le"},
+    definite=dict.fromkeys(("digit", "character", "icon"), "le"),
     conjunction="et",
     premises={"matched": ("il y a {x}", "{x}", "voici {x}"), "mismatched": ("on voit {x}", "l'image montre {x}")},
     hypotheses={

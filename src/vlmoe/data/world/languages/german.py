@@ -2,7 +2,7 @@ from vlmoe.data.world.languages.base import Language
 
 
 def _article(following: str, case: str, digit: bool) -> str:
-    """Ziffer is feminine, Zeichen neuter; for both the accusative equals the nominative."""
+    """Ziffer is feminine, Zeichen and Piktogramm neuter; for all the accusative equals the nominative."""
     stem = "einer" if digit else "einem"
     return stem if case == "dat" else ("eine" if digit else "ein")
 
@@ -15,7 +15,7 @@ def _inflect(slot: str, word: str, case: str, digit: bool) -> str:
 
 GERMAN = Language(
     code="de",
-    noun={"digit": "Ziffer", "character": "Zeichen"},
+    noun={"digit": "Ziffer", "character": "Zeichen", "icon": "Piktogramm"},
     colours={
         "red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "white": "weiß", "black": "schwarz",
         "orange": "orangefarben", "purple": "violett", "pink": "rosafarben", "brown": "braun",
@@ -63,6 +63,14 @@ GERMAN = Language(
         "Pf": "ein abschließendes Anführungszeichen",
         "Po": "ein Satzzeichen",
         "Pc": "ein Verbindungszeichen",
+        "Mn": "ein Zeichen ohne eigene Breite",
+        "Mc": "ein kombinierendes Zeichen mit eigener Breite",
+        "Me": "ein umschließendes Zeichen",
+        "Nl": "ein Zahlbuchstabe",
+        "Zs": "ein Leerzeichen",
+        "Zl": "ein Zeilentrenner",
+        "Zp": "ein Absatztrenner",
+        "Cf": "ein Formatierungszeichen",
     },
     objects=("{article} {size} {colour} {name}", "{article} {colour} {name}"),
     one=(
@@ -98,9 +106,11 @@ GERMAN = Language(
         "lower": ("die Kleinform von {name} ist {name2}", "klein geschrieben wird {name} zu {name2}"),
         "upper": ("die Großform von {name} ist {name2}", "groß geschrieben wird {name} zu {name2}"),
         "parts": ("{name} zerfällt in {name2} und {name3}", "{name2} und {name3} ergeben {name}"),
+        "glyph": ("in {face} ist der Codepunkt von {name} {code}", "in {face} hat {name} den Codepunkt {code}"),
+        "set": ("{set} zeichnet {name}", "in {set} gibt es eine Zeichnung von {name}"),
     },
     sized="{article} {size} {name}",
-    definite={"digit": "die", "character": "das"},
+    definite={"digit": "die", "character": "das", "icon": "das"},
     conjunction="und",
     premises={
         "matched": ("hier steht {x}", "{x}", "es gibt {x}"),

@@ -2,13 +2,13 @@ from vlmoe.data.world.languages.base import Language
 
 
 def _article(following: str, case: str, digit: bool) -> str:
-    """Dígito and carácter are both masculine."""
+    """Dígito, carácter and pictograma are masculine."""
     return "un"
 
 
 SPANISH = Language(
     code="es",
-    noun={"digit": "dígito", "character": "carácter"},
+    noun={"digit": "dígito", "character": "carácter", "icon": "pictograma"},
     colours={
         "red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "white": "blanco", "black": "negro",
         "orange": "naranja", "purple": "morado", "pink": "rosa", "brown": "marrón", "turquoise": "turquesa",
@@ -56,6 +56,14 @@ SPANISH = Language(
         "Pf": "una comilla final",
         "Po": "un signo de puntuación",
         "Pc": "un conector",
+        "Mn": "una marca sin espaciado",
+        "Mc": "una marca con espaciado",
+        "Me": "una marca envolvente",
+        "Nl": "una letra numeral",
+        "Zs": "un espacio",
+        "Zl": "un separador de líneas",
+        "Zp": "un separador de párrafos",
+        "Cf": "un carácter de formato",
     },
     objects=("{article} {name} {size} y {colour}", "{article} {name} {colour}"),
     one=(
@@ -92,9 +100,11 @@ SPANISH = Language(
         "lower": ("la minúscula de {name} es {name2}", "en minúscula {name} pasa a ser {name2}"),
         "upper": ("la mayúscula de {name} es {name2}", "en mayúscula {name} pasa a ser {name2}"),
         "parts": ("{name} se descompone en {name2} y {name3}", "{name2} y {name3} forman {name}"),
+        "glyph": ("en {face} el punto de código de {name} es {code}", "punto de código de {name} en {face}: {code}"),
+        "set": ("{set} dibuja {name}", "hay un dibujo de {name} en {set}"),
     },
     sized="{article} {name} {size}",
-    definite={"digit": "el", "character": "el"},
+    definite=dict.fromkeys(("digit", "character", "icon"), "el"),
     conjunction="y",
     premises={"matched": ("hay {x}", "{x}", "aquí hay {x}"), "mismatched": ("se ve {x}", "la imagen muestra {x}")},
     hypotheses={

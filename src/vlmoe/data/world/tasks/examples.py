@@ -11,7 +11,7 @@ import numpy as np
 from vlmoe.config import RecipeError, WorldConfig
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.world.captions import captioner
-from vlmoe.data.world.concepts import concepts
+from vlmoe.data.world.concepts import in_play
 from vlmoe.data.world.draws import Draws
 from vlmoe.data.world.render import render
 from vlmoe.data.world.scene import Scene, SceneMaker, available_splits
@@ -57,7 +57,7 @@ class WorldExamples:
         elif task == "nli":
             self.labels, self._make = nli.LABELS, nli.Entailment(config, split)
         elif task == "classify":
-            self.labels = tuple(c.name for c in concepts(config.concepts))
+            self.labels = tuple(c.name for c in in_play(config))
             self._make = _Things(replace(config, max_objects=1), split)
         else:
             self._make = _Captioned(config, split, CAPTIONS[task])
@@ -100,11 +100,12 @@ class _Things:
 
     def __init__(self, config: WorldConfig, split: str) -> None:
         self.make = SceneMaker(config, split)
+        self.label = {concept.index: label for label, concept in enumerate(in_play(config))}
 
     def __call__(self, draws: Draws) -> Made:
         scene = self.make(draws)
         concept = scene.objects[0].concept
-        return Made((scene,), label=concept.index, factors={"kind": concept.kind})
+        return Made((scene,), label=self.label[concept.index], factors={"kind": concept.kind})
 
 
 class _Captioned:

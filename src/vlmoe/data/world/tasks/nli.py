@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from vlmoe.config import WorldConfig
 from vlmoe.data.world.captions import name_pieces
-from vlmoe.data.world.concepts import Concept, concepts
+from vlmoe.data.world.concepts import Concept, in_play
 from vlmoe.data.world.draws import Draws
 from vlmoe.data.world.languages import Language, languages_of
-from vlmoe.data.world.scene import COLOURS, PLACES, SIZES
+from vlmoe.data.world.scene import COLOURS, SIZES, places_of
 from vlmoe.data.world.tasks.made import Made
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -21,9 +21,13 @@ ATTRIBUTES = ("colour", "size", "place")
 
 class Entailment:
     def __init__(self, config: WorldConfig, split: str) -> None:
-        self.concepts = concepts(config.concepts)
+        self.concepts = [c for c in in_play(config) if not c.unseen]
         self.max_objects = min(2, config.max_objects)
-        self.values = {"colour": list(COLOURS)[: config.colours], "size": list(SIZES), "place": list(PLACES)}
+        self.values = {
+            "colour": list(COLOURS)[: config.colours],
+            "size": list(SIZES),
+            "place": list(places_of(config.grid)),
+        }
         self.attributes = [a for a in ATTRIBUTES if len(self.values[a]) > 1]
         self.wording = "mismatched" if split == "mismatched" else "matched"
         self.languages = languages_of(config.languages)
@@ -59,9 +63,7 @@ class Entailment:
 
 
 def _name(language: Language, concept: Concept) -> str:
-    return " ".join(
-        words for words, _ in name_pieces(language, concept.sort, concept.label, {}, concept.kind == "digit")
-    )
+    return " ".join(words for words, _ in name_pieces(language, concept.sort, concept.label, {}, concept.noun))
 
 
 def _object(language: Language, concept: Concept, facts: dict[str, str]) -> str:
@@ -80,7 +82,7 @@ def _claim(language: Language, wording: str, concept: Concept, asked: str, value
     table = {"colour": language.colours, "size": language.sizes, "place": language.places}[asked]
     digit = concept.kind == "digit"
     return language.hypotheses[wording][asked].format(
-        the=language.definite["digit" if digit else "character"],
+        the=language.definite[concept.noun],
         name=_name(language, concept),
         value=language.inflect(asked, table[value], "pred", digit),
     )

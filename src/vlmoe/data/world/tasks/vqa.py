@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vlmoe.config import RecipeError, WorldConfig
-from vlmoe.data.world.concepts import Concept, concepts
+from vlmoe.data.world.concepts import Concept, in_play
 from vlmoe.data.world.draws import Draws
-from vlmoe.data.world.scene import COLOURS, PLACES, SIZES, Scene, SceneMaker, SceneObject, relations
+from vlmoe.data.world.scene import COLOURS, SIZES, Scene, SceneMaker, SceneObject, places_of, relations
 from vlmoe.data.world.tasks.made import PLACE_WORDS, TRIES, Made, by_colour, by_name, reading_order
 
 KINDS = ("identity", "colour", "size", "place", "count", "comparison", "script", "order")
@@ -27,10 +27,10 @@ def scripts_in_play(known: Sequence[Concept]) -> list[str]:
 
 def answers(config: WorldConfig) -> tuple[str, ...]:
     """All answers that questions about this world can have; they depend on the dial alone."""
-    known = concepts(config.concepts)
+    known = in_play(config)
     return (
-        *(c.name for c in known), *list(COLOURS)[: config.colours], *SIZES, *PLACES, *COUNTS[: config.max_objects],
-        "yes", "no", *scripts_in_play(known),
+        *(c.name for c in known), *list(COLOURS)[: config.colours], *SIZES, *places_of(config.grid),
+        *COUNTS[: config.max_objects], "yes", "no", *scripts_in_play(known),
     )  # fmt: skip
 
 
