@@ -50,6 +50,27 @@ def test_padding_masks_and_targets_of_pairs() -> None:
     assert (batch.patch_mask_BP.sum(dim=1) == count_of(0.4, 16)).all()
 
 
+def test_hidden_positions_are_found_when_the_batch_leaves_the_host() -> None:
+    c, items = ready("pair", 8)
+    batch = c.batch(items, list(range(8)), key=1)
+    assert batch.target_BT is not None and batch.patch_mask_BP is not None
+    shown = torch.nn.functional.pad(batch.target_BT, (0, 4), value=IGNORE)
+    for change in (batch.target_BT, shown):  # what is done to a batch on the host counts
+        batch.target_BT = change
+        sent = batch.to(torch.device("cpu"))
+        assert sent.hidden_patch_M is not None and sent.hidden_token_M is not None
+        assert torch.equal(sent.hidden_tokens(), batch.hidden_tokens())
+        words = change.flatten()[sent.hidden_token_M]
+        assert torch.equal(words, change[change != IGNORE])
+        at = torch.arange(8 * 16).view(8, 16)[batch.patch_mask_BP]
+        assert torch.equal(sent.hidden_patch_M, at)
+    first = sent.head(3)
+    assert first.text_BT is not None and len(first) == len(first.text_BT) == 3
+    assert torch.equal(first.hidden_patches(), at[: len(at) * 3 // 8])
+    kind, texts = ready("text", 4)
+    assert kind.batch(texts, list(range(4)), key=1).to(torch.device("cpu")).hidden_patch_M is None
+
+
 def test_kinds_carry_their_fields_alone() -> None:
     c, items = ready("text", 4)
     batch = c.batch(items, [0, 1, 2, 3], key=1)

@@ -120,7 +120,8 @@ def test_flops_by_part_are_those_of_the_part() -> None:
 
 
 def test_padding_costs_where_it_is_computed_and_only_there() -> None:
-    recipe = recipe_of(both("sparse=all", "experts=4", "granularity=1", "shared_experts=0", "router.k=1"))
+    recipe = recipe_of(both("sparse=all", "experts=4", "granularity=1", "shared_experts=0", "router.k=1",
+                            "router.renormalize=false"))  # fmt: skip
     full, padded = (flops(recipe.model, Shape("text", 2, 24, real, 4)).forward for real in (48, 24))
     assert padded["text"] == full["text"] / 2  # experts take real tokens
     for part in ("attention", "router", "heads"):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlmoe.moe import FeedForward, MoELayer, replay_context_fn
+from vlmoe.moe import FeedForward, MoELayer, Plan, replay_context_fn
+from vlmoe.moe.backends import _kernel_linear
 
 D, H = 8, 12
 
@@ -83,6 +84,29 @@ def test_the_gpu_path_equals_the_loop(options: dict[str, Any], padding: bool, mo
         got = results(layer(backend=backend, dtype=torch.float32, **options), x, mask)
         for name in got:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_grouped_kernels_bias_gradient_is_summed_in_float32() -> None:
+    """In bfloat16, with one busy expert, one of few rows and one of none. Each sum is rounded once, to 8 bits; added up
+    row by row in bfloat16 it stops growing once a row is below half a unit in the last place."""
+    counts = [4000, 3, 0, 93]
+    torch.manual_seed(0)
+    x, w = torch.zeros(sum(counts), 16, dtype=torch.bfloat16), torch.zeros(4, 16, 24, dtype=torch.bfloat16)
+    bias = torch.randn(4, 24).bfloat16().requires_grad_()
+    row = torch.arange(len(x))
+    plan = Plan(row, row, None, row[:, None], None, torch.tensor(counts), None)
+    y = _kernel_linear(x, w, bias, plan)
+    expert = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    assert torch.equal(y, bias[expert])
+    grad = (torch.rand(len(x), 24) + 0.5).bfloat16()
+    y.backward(grad)
+    exact = torch.zeros(4, 24, dtype=torch.float64).index_add_(0, expert, grad.double())
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad.double(), exact, rtol=2**-8, atol=0)
+    naive = torch.zeros(24, dtype=torch.bfloat16)
+    for r in grad[:4000]:
+        naive = naive + r
+    assert (naive.double() / exact[0] - 1).abs().max() > 0.5
 
 
 @given(data=st.data())

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmoe.config import FinetuneRecipe
-from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.data.batch import Batch
 from vlmoe.data.downstream.collate import Prepare
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.text_tokenizer import TextTokenizer
@@ -87,9 +87,7 @@ class Caption(Downstream):
         return self.output(loss, [output], accuracy=accuracy)
 
     def predictions(self, batches: dict[str, Batch]) -> dict[str, int]:
-        target_BT = batches["pair"].target_BT
-        assert target_BT is not None
-        return {self.task: int((target_BT != IGNORE).sum())} | super().predictions(batches)
+        return {self.task: len(batches["pair"].hidden_tokens())} | super().predictions(batches)
 
     # ------------------------------------------------------------------------------------------------------- writing
     @torch.no_grad()
