@@ -1,6 +1,7 @@
 """The visual tokenizer learns, keeps its codebook in use, and comes back from disk as it was."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,8 @@ def test_broken_files_are_named(tmp_path: Path, trained: tuple[VQTokenizer, dict
     with pytest.raises(UserError, match=r"visual\.safetensors: has 100 bytes"):
         VQTokenizer.load(tmp_path)
     save_file({"count_V": torch.ones(3)}, weights)
+    about = {"image_size": 16, "patch": 4, "codes": 8, "dim": 4, "width": 8}  # without digests, as it was written then
+    (tmp_path / "visual.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"written by an earlier version.*train it anew"):
         VQTokenizer.load(tmp_path)
     weights.unlink()

@@ -22,7 +22,16 @@ AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
 GROUPS = vars(schema) | vars(finetune)  # name -> dataclass of every group of keys
 PATHS = ("dir", "init", "path", "file", "annotations", "images")  # names of the keys that hold a path
 # what recipes did that were written before these keys were there
-BEFORE = {"init": "", "train.patch_lr": 1.0, "train.schedule": "cosine", "train.decay_steps": 0}
+BEFORE = {
+    "init": "",
+    "init_allow_inexact": False,
+    "train.patch_lr": 1.0,
+    "train.schedule": "cosine",
+    "train.decay_steps": 0,
+    "data.world.icons": 0,
+    "data.world.facts": 0,
+    "data.world.grid": 3,
+}
 
 
 def recipe_names(folder: str = "") -> list[str]:
