@@ -23,6 +23,7 @@ from vlmoe.tasks.export import Finetuned, load_finetuned, load_pretrained
 from vlmoe.tasks.init import interpolate_positions, start_from
 from vlmoe.tasks.registry import build_task
 from vlmoe.train.finetune import with_steps
+from vlmoe.train.kept import load_step
 
 TINY = [
     "train.steps=4", "train.warmup=1", "train.device=cpu", "train.validate_every=2", "data.batch=8", "data.workers=0",
@@ -419,3 +420,32 @@ def test_the_contrastive_loss_is_the_same_over_two_processes(tmp_path: Path) -> 
 def test_pictures_of_any_size_can_be_asked_about(runs: dict[str, tuple[Path, str]], tmp_path: Path) -> None:
     Image.new("L", (301, 77), 90).save(tmp_path / "wide.webp")
     invoke("predict", str(runs["classify"][0]), "classify", "--image", str(tmp_path / "wide.webp"))
+
+
+def test_a_kept_checkpoint_is_scored_beside_the_model(pretrained: Path, runs: dict[str, tuple[Path, str]]) -> None:
+    before = (pretrained / "eval.json").read_text()
+    invoke("eval", str(pretrained), "--step", "2", "--samples", "16", "--device", "cpu")  # the last one: the same model
+    assert json.loads((pretrained / "eval-step-2.json").read_text()) == json.loads(before)
+    assert (pretrained / "eval.json").read_text() == before
+    folder, _ = runs["vqa"]
+    invoke("eval", str(folder), "--step", "4", "--samples", "8", "--device", "cpu")
+    found = json.loads((folder / "eval-step-4.json").read_text())
+    weights = load_file(folder / "checkpoints" / "step-4" / "model.safetensors")
+    kept = load_step(folder, 4, torch.device("cpu"))
+    assert isinstance(kept, Finetuned)
+    assert all(torch.equal(kept.model.state_dict()[name], value) for name, value in weights.items())
+    again = evaluate_task(folder, device="cpu", samples=8, trained=kept, tag="-again")
+    assert found == json.loads(json.dumps(again))
+
+
+@pytest.mark.parametrize("step", ["7", "-1"])
+def test_a_step_that_is_not_kept_is_refused(pretrained: Path, step: str) -> None:
+    with pytest.raises(UserError, match=rf"no checkpoint of step {step}: kept are 2"):
+        invoke("eval", str(pretrained), "--step", step)
+
+
+def test_a_kept_checkpoint_of_another_task_is_refused(pretrained: Path, runs: dict[str, tuple[Path, str]]) -> None:
+    with pytest.raises(UserError, match="is fine-tuned for vqa, not for nli"):
+        invoke("eval", str(runs["vqa"][0]), "nli", "--step", "4")
+    with pytest.raises(UserError, match="pre-trained only"):
+        invoke("eval", str(pretrained), "nli", "--step", "2")

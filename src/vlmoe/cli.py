@@ -124,6 +124,7 @@ def evaluate(
     split: Annotated[list[str] | None, typer.Option(help="Of a fine-tuned run: a split; may be repeated.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Of a fine-tuned run: examples at a time.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Of a fine-tuned run: data processes.")] = None,
+    step: Annotated[int | None, typer.Option(help="A kept checkpoint's step; default: the model at the end.")] = None,
     as_json: Json = False,
 ) -> None:
     """Scores on held-out data.
@@ -131,19 +132,28 @@ def evaluate(
     Of a fine-tuned run: its task's official metrics with 95% intervals, beside the best constant guess and the score
     with another example's image or text. Of a pre-trained run: masked prediction, text with and without the image,
     images, balance of the experts.
+
+    The scores are written to eval.json in the run's folder; with --step N to eval-step-N.json.
     """
     from vlmoe.evaluate.downstream import evaluate_task, print_task_report
     from vlmoe.evaluate.report import evaluate_run, print_report
-    from vlmoe.tasks.export import is_finetuned
+    from vlmoe.model.device import pick_device
+    from vlmoe.tasks.export import Finetuned, is_finetuned
+    from vlmoe.train.kept import load_step
 
-    if task is not None or is_finetuned(run):
+    kept = None if step is None else load_step(run, step, pick_device(device, "--device"))
+    tag = "" if kept is None else f"-step-{step}"
+    if isinstance(kept, Finetuned) or (kept is None and (task is not None or is_finetuned(run))):
         report = evaluate_task(
-            run, task, device=device, splits=split, samples=samples, batch=batch, workers=workers, progress=not as_json
-        )
-        _print_json(report) if as_json else print_task_report(report, run)
+            run, task, device=device, splits=split, samples=samples, batch=batch, workers=workers,
+            progress=not as_json, trained=kept, tag=tag,
+        )  # fmt: skip
+        _print_json(report) if as_json else print_task_report(report, run, tag=tag)
         return
-    report = evaluate_run(run, device=device, samples=samples)
-    _print_json(report) if as_json else print_report(report, run)
+    if task is not None:
+        raise UserError(f"{run}: is pre-trained only, and answers no {task} yet")
+    report = evaluate_run(run, device=device, samples=samples, trained=kept, tag=tag)
+    _print_json(report) if as_json else print_report(report, run, tag=tag)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vlmoe.config import UserError
 from vlmoe.data.downstream.loader import EvalData, count_of, open_split, splits_of
+from vlmoe.evaluate.report import SCORES, tagged
 from vlmoe.metrics import Score
 from vlmoe.model.device import pick_device
 from vlmoe.tasks.answer import Answered, answer_all
@@ -21,7 +22,6 @@ from vlmoe.tasks.export import Finetuned, load_finetuned
 from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.registry import collate_of
 
-SCORES = "eval.json"
 UNITS = {"CIDEr": 1.0, "BLEU-4": 1.0}  # already as papers quote them; everything else is a share, shown in percent
 
 
@@ -35,18 +35,22 @@ def evaluate_task(
     batch: int | None = None,
     workers: int | None = None,
     progress: bool = False,
+    trained: Finetuned | None = None,
+    tag: str = "",
 ) -> dict[str, Any]:
-    """Score a fine-tuned run; writes eval.json into its folder and returns the report.
+    """Score a fine-tuned run; writes eval.json into its folder, with `tag` before the dot, and returns the report.
 
     task: if given, what the run must be fine-tuned for. splits: of its data; None: all. samples: of each split, at
     most; None: the recipe's. The numbers do not depend on `batch` and `workers`, unless experts have a capacity in
-    evaluation.
+    evaluation. trained: a model of the run on `device`; None: the one at its end.
 
     Raises UserError: another task, no such split, unusable files, answers of nan or infinity.
     """
     where = pick_device(device, "--device")
-    trained = load_finetuned(run, task, where)
+    trained = trained or load_finetuned(run, task, where)
     recipe = trained.recipe
+    if task is not None and recipe.task != task:
+        raise UserError(f"{trained.path}: is fine-tuned for {recipe.task}, not for {task}")
     known = splits_of(recipe)
     for split in splits or ():
         if split not in known:
@@ -61,9 +65,10 @@ def evaluate_task(
                 recipe.data.workers if workers is None else workers,
                 lambda done, total, row=row: bar.update(row, completed=done, total=total),
             )  # fmt: skip
-    temporary = run / (SCORES + ".tmp")
+    scores = tagged(run / SCORES, tag)
+    temporary = scores.with_name(scores.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1))
-    temporary.replace(run / SCORES)
+    temporary.replace(scores)
     return report
 
 
@@ -112,8 +117,8 @@ def _plain(scores: dict[str, Score]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------- for people
-def print_task_report(report: dict[str, Any], run: Path, console: Console | None = None) -> None:
-    """The report as tables."""
+def print_task_report(report: dict[str, Any], run: Path, console: Console | None = None, tag: str = "") -> None:
+    """The report as tables. tag: as of `evaluate_task`."""
     console = console or Console()
     main, splits = report["main"], report["splits"]
     names = list(dict.fromkeys(n for split in splits.values() for n in split["scores"]))
@@ -155,7 +160,7 @@ def print_task_report(report: dict[str, Any], run: Path, console: Console | None
                 f"{split}: {len(found['skipped'])} examples could not be read and are not scored; the first, "
                 f"{bad['key']}: {bad['reason']}", highlight=False, markup=False,
             )  # fmt: skip
-    console.print(f"all scores: {run / SCORES}", highlight=False, markup=False)
+    console.print(f"all scores: {tagged(run / SCORES, tag)}", highlight=False, markup=False)
 
 
 def shown(name: str, score: dict[str, Any] | None, interval: bool = True, digits: int = 1) -> str:

@@ -22,13 +22,16 @@ from vlmoe.tasks.export import Pretrained, load_pretrained
 SCORES, PICTURE = "eval.json", "completions.png"
 
 
-def evaluate_run(run: Path, device: str = "auto", samples: int | None = None) -> dict[str, Any]:
-    """Score a finished run on every held-out split of its data.
+def evaluate_run(
+    run: Path, device: str = "auto", samples: int | None = None, trained: Pretrained | None = None, tag: str = ""
+) -> dict[str, Any]:
+    """Score a run on every held-out split of its data.
 
-    Writes eval.json and completions.png into the run's folder and returns the report.
+    trained: a model of the run on `device`; None: the one at its end. Writes eval.json and completions.png into the
+    run's folder, with `tag` before the dot, and returns the report.
     """
     where = pick_device(device, "--device")
-    trained = load_pretrained(run, where)
+    trained = trained or load_pretrained(run, where)
     recipe = trained.recipe
     count = samples or recipe.eval.samples
 
@@ -44,14 +47,19 @@ def evaluate_run(run: Path, device: str = "auto", samples: int | None = None) ->
     report["samples_per_split"] = count  # at most: a split of files may hold fewer
     if "pair" in kinds and recipe.eval.pictures:
         shown = _completions(trained, recipe.eval.pictures, where)
-        draw(shown, run / PICTURE)
+        draw(shown, tagged(run / PICTURE, tag))
         report["completions"] = [
             {"key": c.key} | {view: c.line(view) for view in ("shown", "truth", "seen", "blind")} for c in shown
         ]
-    temporary = run / (SCORES + ".tmp")
+    scores = tagged(run / SCORES, tag)
+    temporary = scores.with_name(scores.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1))
-    temporary.replace(run / SCORES)
+    temporary.replace(scores)
     return report
+
+
+def tagged(path: Path, tag: str) -> Path:
+    return path.with_stem(path.stem + tag)
 
 
 def _completions(trained: Pretrained, count: int, device: torch.device) -> list[Completion]:
@@ -59,8 +67,8 @@ def _completions(trained: Pretrained, count: int, device: torch.device) -> list[
     return complete(trained.model, trained.text_tokenizer, batch, count)
 
 
-def print_report(report: dict[str, Any], run: Path, console: Console | None = None) -> None:
-    """The report as tables and sentences, with the places of the files."""
+def print_report(report: dict[str, Any], run: Path, console: Console | None = None, tag: str = "") -> None:
+    """The report as tables and sentences, with the places of the files. tag: as of `evaluate_run`."""
     console = console or Console()
     pairs = any("text" in scores for scores in report["splits"].values())
     if pairs:
@@ -81,10 +89,10 @@ def print_report(report: dict[str, Any], run: Path, console: Console | None = No
             console.print(f"  {label:>14}  {item[view]}", markup=False, highlight=False)
     console.print("\nFiles:")
     for name, what in (
-        ("completions.png", "the completions beside their pictures"),
+        (tagged(Path(PICTURE), tag).name, "the completions beside their pictures"),
         ("curves.png", "losses over training"),
         ("routing.png", "load of every expert"),
-        (SCORES, "all scores"),
+        (tagged(Path(SCORES), tag).name, "all scores"),
         ("metrics.jsonl", "every logged step (TensorBoard events in tensorboard/)"),
         ("model", "weights, config and tokenizers: vlmoe.load(folder)"),
     ):

@@ -228,20 +228,33 @@ def restore(path: Path, task: Task, optimizer: torch.optim.Optimizer) -> State:
     Raises:
         CheckpointError: a file is missing, truncated or altered, or a tensor is missing, unknown or of another shape.
     """
+    document = _checked(path, [MODEL, OPTIMIZER])
+    _load_model(path, document, task)
+    _restore_optimizer(path / OPTIMIZER, _tensors(path, OPTIMIZER, document), task, optimizer)
+    return read_state(path)
+
+
+def load_model(path: Path, task: Task) -> None:
+    """Load a checkpoint's weights alone. Raises CheckpointError as `restore` does."""
+    _load_model(path, _checked(path, [MODEL]), task)
+
+
+def _checked(path: Path, files: list[str]) -> dict[str, Any]:
     document = _document(path)
     try:
-        check_files(path / STATE, document, [MODEL, OPTIMIZER], _way_out(path))
+        check_files(path / STATE, document, files, _way_out(path))
     except AlteredError as error:
         raise CheckpointError(str(error)) from None
-    content = {name: _tensors(path, name, document) for name in (MODEL, OPTIMIZER)}
-    model = content[MODEL]
+    return document
+
+
+def _load_model(path: Path, document: dict[str, Any], task: Task) -> None:
+    model = _tensors(path, MODEL, document)
     for name, holder in document["tied"].items():
         if holder in model:
             model[name] = model[holder]
     _check_tensors(path / MODEL, model, dict(task.state_dict()))
     task.load_state_dict(model)
-    _restore_optimizer(path / OPTIMIZER, content[OPTIMIZER], task, optimizer)
-    return read_state(path)
 
 
 def check_recipe(path: Path, recipe: Recipe | FinetuneRecipe) -> None:
