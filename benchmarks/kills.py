@@ -29,7 +29,7 @@ from vlmoe.train.checkpoint import newest, read_state
 from vlmoe.train.pretrain import pretrain
 from vlmoe.train.runlog import METRICS, ROUTING, read_lines
 
-STEPS = 150
+STEPS = 80
 SIGNALS = [signal.SIGTERM] * 7 + [signal.SIGHUP, signal.SIGUSR1, signal.SIGINT]
 TINY = [
     "seed=3", "model.width=32", "model.depth=2", "model.heads=2", "model.codes=32",
@@ -37,6 +37,7 @@ TINY = [
     "data.text_tokenizer.samples=200", "data.visual_tokenizer.steps=5", f"train.steps={STEPS}", "train.warmup=5",
     "train.device=cpu", "train.checkpoint_every=25", "train.watch_every=10",
 ]  # fmt: skip
+TRAINING = 0.7  # share of the signals that come while steps are made; the others come at any time, start included
 TIMING = ("tokens_per_second", "seconds", "wait_share")
 
 
@@ -59,6 +60,21 @@ def launch(folder: Path, workers: int) -> int:
         print(repr(error), file=sys.stderr, flush=True)
     finally:
         os._exit(code)
+
+
+def steps_of(pid: int, folder: Path) -> int | None:
+    """Wait until the launch has logged a step of its own. The status with which it ended, if it has."""
+    file = folder / METRICS
+    size = file.stat().st_size if file.exists() else 0
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        now = file.stat().st_size if file.exists() else 0
+        if now > size:
+            return None
+        size = now  # a launch that goes on cuts the log back first
+        time.sleep(0.005)
 
 
 def end_of(pid: int) -> int:
@@ -92,7 +108,8 @@ def main() -> None:
             assert end_of(launch(whole, workers)) == 0, whole.with_suffix(".log").read_text()
             seconds = time.perf_counter() - start
             truth = trace(whole)
-            wanted, kills, runs, wrong, saved = args.kills // 2, Counter[str](), 0, 0, 0
+            in_loop = read_lines(whole / METRICS)[-1]["seconds"]
+            wanted, kills, runs, wrong, saved, trained = args.kills // 2, Counter[str](), 0, 0, 0, 0
             codes: Counter[int] = Counter()
             odd: list[str] = []
             while sum(kills.values()) < wanted:
@@ -100,9 +117,17 @@ def main() -> None:
                 for _ in range(8):  # signals to one run, then it is left alone
                     pid = launch(folder, workers)
                     s = draw.choice(SIGNALS)
-                    time.sleep(draw.uniform(0, 0.6 * seconds))
-                    done, status = os.waitpid(pid, os.WNOHANG)
-                    if done:  # it came to its end before
+                    training = draw.random() < TRAINING
+                    if training:
+                        status = steps_of(pid, folder)
+                        pause = draw.uniform(0, 0.5 * in_loop)
+                    else:
+                        status, pause = None, draw.uniform(0, 0.6 * seconds)
+                    time.sleep(pause)
+                    if status is None:
+                        done, status = os.waitpid(pid, os.WNOHANG)
+                        status = status if done else None
+                    if status is not None:  # it came to its end before
                         assert os.waitstatus_to_exitcode(status) == 0
                         break
                     try:
@@ -113,6 +138,7 @@ def main() -> None:
                     if code == 0:  # complete by the time the signal came
                         break
                     kills[s.name] += 1
+                    trained += training
                     codes[code] += 1
                     saved += newest(folder / "checkpoints") is not None
                     if code != 128 + s:
@@ -126,13 +152,13 @@ def main() -> None:
             rows.append(
                 {
                     "workers": workers, "signals": sum(kills.values()), "by_signal": dict(kills), "runs": runs,
-                    "identical": runs - wrong, "with_a_checkpoint": saved, "other_exit_codes": odd,
+                    "identical": runs - wrong, "while_training": trained, "with_a_checkpoint": saved, "other_exit_codes": odd,
                 }
             )  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
-    report = {"steps": STEPS, "seed": args.seed, "rows": rows, "seconds": time.perf_counter() - began, **provenance()}
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+            report = {"steps": STEPS, "seed": args.seed, "rows": rows, "seconds": time.perf_counter() - began}
+            if args.json:  # after each group, so that a cut benchmark leaves what it has
+                args.json.write_text(json.dumps(report | provenance(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

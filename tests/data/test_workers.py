@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tests.train.toy import ToyData
 from vlmoe.config import UserError
@@ -52,6 +54,27 @@ def test_a_killed_worker_is_replaced_and_no_item_is_lost() -> None:
     assert len(lost) == 2
     assert lost[0][0] >= 5
     assert lost[1][0] >= 25
+    assert all("SIGKILL" in cause for _, cause in lost)
+
+
+def test_a_worker_that_dies_while_it_hands_over_an_item_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its socket is closed before the main process could take the item: an error of the connection, not of torch."""
+    lost: list[tuple[int, str]] = []
+    handed = _MultiProcessingDataLoaderIter._try_get_data
+    times = 0
+
+    def broken(loader: Any, *given: Any, **named: Any) -> Any:
+        nonlocal times
+        times += 1
+        if times in (3, 30):
+            multiprocessing.active_children()[0].kill()
+            raise ConnectionResetError("Connection reset by peer") if times == 3 else EOFError
+        return handed(loader, *given, **named)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", broken)
+    steps = make_loader(ToyData(), 0, 60, workers=2, lost=lambda m, cause: lost.append((m, cause)))
+    assert [step.batches["text"].keys[0] for step in steps] == [f"{m}/0" for m in range(60)]
+    assert len(lost) == 2
     assert all("SIGKILL" in cause for _, cause in lost)
 
 

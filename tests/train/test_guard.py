@@ -286,7 +286,7 @@ def test_a_warning_says_what_is_off(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_experts_are_idle_only_when_no_step_used_them() -> None:
     task = SparseToy()
     batches = ToyData(batch=16)[0].batches
-    watch = Watch(task, every=2)
+    watch = Watch(task, 2, torch.device("cpu"), {})
     for loads, said in (
         ([[9, 9, 0, 0], [9, 0, 9, 0]], ["1 of 4 experts idle for 2 steps"]),
         ([[9, 0, 9, 0], [9, 0, 9, 0]], ["2 of 4 experts idle for 2 steps"]),
@@ -330,3 +330,29 @@ def test_the_selection_bias_moves_once_a_step(tmp_path: Path) -> None:
     steps = task.moe.router.bias_E / 0.01
     torch.testing.assert_close(steps, steps.round())
     assert 0 < steps.abs().max() <= 10
+
+
+def test_what_is_said_of_routing_does_not_depend_on_where_a_run_was_interrupted(tmp_path: Path) -> None:
+    """Steps 4 and 8 are looked at; the interruption at 6 falls between, with choices counted and a probe chosen."""
+
+    class InterruptionError(Exception):
+        pass
+
+    def stop(trainer: Any, n: int) -> None:
+        if n == 6:
+            raise InterruptionError
+
+    records = []
+    for name, disturb in (("whole", None), ("cut", stop)):
+        recipe = toy_recipe(tmp_path / name, steps=9, watch_every=4, checkpoint_every=3)
+        torch.manual_seed(0)
+        if disturb is not None:
+            with pytest.raises(InterruptionError):
+                train(recipe, SparseToy(), ToyData(), tmp_path / name, disturb=disturb)
+            torch.manual_seed(0)
+            assert train(recipe, SparseToy(), ToyData(), tmp_path / name).resumed_from == 6
+        else:
+            train(recipe, SparseToy(), ToyData(), tmp_path / name)
+        records.append(read_lines(tmp_path / name / ROUTING))
+    assert records[0] == records[1]
+    assert any("churn" in found for r in records[0] for found in r.get("layers", {}).values())

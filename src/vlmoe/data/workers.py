@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from types import FrameType
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+ENDING = 1.0  # seconds that a dying worker may take
 
 
 class WorkerLostError(Exception):
@@ -106,8 +108,13 @@ def items_of(loader: DataLoader[Any]) -> Iterator[Any]:
                     item = next(items)
             except StopIteration:
                 return
-            except (RuntimeError, WorkerLostError) as error:
-                dead = [w for w in workers if not w.is_alive()]
+            except (RuntimeError, OSError, EOFError, WorkerLostError) as error:
+                # An item is handed over through a socket of the worker's: one that dies meanwhile is seen as its
+                # connection's end, perhaps a moment before the process is gone.
+                ending = wait([w.sentinel for w in workers], timeout=ENDING)
+                dead = [w for w in workers if w.sentinel in ending]
+                for worker in dead:
+                    worker.join()
                 if not dead:
                     raise  # the data set's own, or another loader's
                 raise WorkerLostError(_cause(dead[0])) from error

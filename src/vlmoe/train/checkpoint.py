@@ -59,7 +59,8 @@ class State:
     step: updates done. micro_step: the next micro-batch's number in the data. seconds: time trained so far, over all
     launches. loss: of the last step. recipe: as plain mapping. bad: the count of skipped samples. logs: file name ->
     bytes that it had, to cut it back to on resume. machine: what bit-identity depends on (threads, torch, device).
-    validation: see `loop.Validation`; empty without one. guard: see `guard.Memory`; empty without one.
+    validation: see `loop.Validation`; empty without one. guard: see `guard.Memory`; empty without one. watch: see
+    `watch.Watch.state`; empty in checkpoints of before it was kept.
     """
 
     step: int
@@ -72,6 +73,7 @@ class State:
     machine: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     guard: dict[str, Any] = field(default_factory=dict)
+    watch: dict[str, Any] = field(default_factory=dict)
 
 
 # -------------------------------------------------------------------------------------------------------------- folder
@@ -219,7 +221,7 @@ def _fsync(path: Path) -> None:
 def read_state(path: Path) -> State:
     """A checkpoint's state.json. Raises CheckpointError naming the file and what is wrong with it."""
     document = _document(path)
-    return State(**{name: document[name] for name in State.__dataclass_fields__})
+    return State(**{name: document[name] for name in State.__dataclass_fields__ if name in document})
 
 
 def restore(path: Path, task: Task, optimizer: torch.optim.Optimizer) -> State:
@@ -311,7 +313,7 @@ def _document(path: Path) -> dict[str, Any]:
     found = document.get("format")
     if found not in (FORMAT, UNSEALED):
         raise CheckpointError(f"{file}: format {found!r}, this version reads {FORMAT}. {_way_out(path)}")
-    missing = ({*State.__dataclass_fields__, "files", "tied"}) - document.keys()
+    missing = ({*State.__dataclass_fields__, "files", "tied"}) - document.keys() - {"watch"}
     missing |= {MODEL, OPTIMIZER} - dict(document.get("files") or {}).keys()
     if missing:
         raise CheckpointError(f"{file}: lacks {', '.join(sorted(missing))}. {_way_out(path)}")

@@ -181,7 +181,7 @@ class Trainer:
             for name, value in self.state.validation.items():
                 setattr(self.validation, name, value)
         self.routed = self.task.routed_layers()
-        self.watch = Watch(self.task, self.config.watch_every)
+        self.watch = Watch(self.task, self.config.watch_every, device, self.state.watch)
         guard = self.config.guard
         self.guard = None
         if guard.on:
@@ -237,6 +237,8 @@ class Trainer:
         self.budget = BadBudget(self.run_dir / SKIPPED, self.recipe.data.max_bad_share)
         if self.state.bad:
             self.budget.load_state_dict(self.state.bad)
+        if self.state.step and self.watch.every and self.routed:  # what a launch from the beginning sees first
+            self.watch.see({kind: batch.to(self.device) for kind, batch in self.dataset[0].batches.items()})
         with StopRequest() as stop:
             data = self._open_data(display)
             self.launched = _Clock(time.perf_counter())
@@ -463,6 +465,7 @@ class Trainer:
             machine=machine(self.device),
             validation=self.validation.record() if self.validation is not None else {},
             guard=copy.deepcopy(self.guard.state) if self.guard is not None else {},
+            watch=self.watch.state(),
         )
         path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep)
         self.saved_step = self.state.step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +18,36 @@ DROPPED = 0.2
 
 
 class Watch:
-    """One for a launch. Looks are free of random numbers and change nothing."""
+    """One for a launch. Looks draw no random numbers and change nothing.
 
-    def __init__(self, task: Task, every: int) -> None:
+    state: of the launch before (`state()`), empty at the run's begin, so that what is said does not depend on where a
+    run was interrupted.
+    """
+
+    def __init__(self, task: Task, every: int, device: torch.device, state: dict[str, Any]) -> None:
         self.task, self.every = task, every
         self.layers = task.routed_layers()
         self._probe: dict[str, Batch] | None = None
-        self._choices: dict[str, Tensor] = {}
-        self._load: dict[str, Tensor] = {}  # layer -> (E,) choices since the last look, over so many steps:
-        self._steps = 0
-        self._idle: dict[str, list[int]] = {}  # layer -> steps for which each expert has had no token
+        self._choices = {name: torch.tensor(v, device=device) for name, v in state.get("choices", {}).items()}
+        # layer -> (E,) choices since the last look, over so many steps:
+        self._load = {name: torch.tensor(v, device=device) for name, v in state.get("load", {}).items()}
+        self._steps: int = state.get("steps", 0)
+        self._idle: dict[str, list[int]] = dict(state.get("idle", {}))  # layer -> steps each expert had no token for
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for the checkpoint."""
+        return {
+            "choices": {name: v.tolist() for name, v in self._choices.items()},
+            "load": {name: v.tolist() for name, v in self._load.items()},
+            "steps": self._steps,
+            "idle": self._idle,
+        }
 
     def due(self, step: int) -> bool:
         return bool(self.every and self.layers) and step % self.every == 0
 
     def see(self, batches: dict[str, Batch]) -> None:
-        """Keep a few samples of the first batches as the probe."""
+        """Keep a few samples of the run's first micro-batch as the probe."""
         if self._probe is None:
             self._probe = {kind: batch.head(PROBE) for kind, batch in batches.items()}
 
