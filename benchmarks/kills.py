@@ -152,7 +152,8 @@ def main() -> None:
             rows.append(
                 {
                     "workers": workers, "signals": sum(kills.values()), "by_signal": dict(kills), "runs": runs,
-                    "identical": runs - wrong, "while_training": trained, "with_a_checkpoint": saved, "other_exit_codes": odd,
+                    "identical": runs - wrong, "while_training": trained, "with_a_checkpoint": saved,
+                    "other_exit_codes": odd,
                 }
             )  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
