@@ -218,6 +218,9 @@ def _check(config: WorldConfig, split: str) -> None:
     need(config.image_size >= least, "image_size", config.image_size, wanted)
     most = min(4, config.grid**2)
     need(1 <= config.max_objects <= most, "max_objects", config.max_objects, f"1 to {most} where grid is {config.grid}")
+    need(config.captions in {"sentences", "names"}, "captions", config.captions, "sentences or names")
+    several = f"sentences: there are up to {config.max_objects} objects (data.world.max_objects)"
+    need(config.captions == "sentences" or config.max_objects == 1, "captions", config.captions, several)
     need(1 <= config.colours <= len(COLOURS), "colours", config.colours, f"1 to {len(COLOURS)}")
     if split not in SPLITS:
         raise RecipeError(f"the world has no split '{split}': it has {', '.join(SPLITS)}")
