@@ -227,6 +227,30 @@ def test_a_grid_of_four_has_larger_things_in_its_corners() -> None:
     assert {o.place for o in shown("train", 300, config)} == set(CORNERS)
 
 
+def test_a_grid_of_one_fills_the_picture_with_one_thing() -> None:
+    config = WorldConfig(image_size=32, concepts=0, icons=20, max_objects=1, grid=1)
+    made = shown("train", 300, config)
+    assert {o.place for o in made} == {"centre"}
+    assert {o.box[2] - o.box[0] for o in made} == {32, 22}
+    small = [o.box[:2] for o in made if o.size == "small"]
+    assert {x for x, _ in small} == {y for _, y in small} == set(range(11))
+    assert all(o.box == (0, 0, 32, 32) for o in made if o.size == "large")
+
+
+def test_captions_may_be_the_name_alone() -> None:
+    config = WorldConfig(concepts=0, icons=200, max_objects=1, grid=2, captions="names")
+    world = World(config, "pair")
+    for i in range(50):
+        (thing,) = world.scene(i).objects
+        sample = world[i]
+        assert sample.text == thing.concept.name
+        (span,) = sample.spans
+        assert (span.start, span.stop) == (0, len(thing.concept.name))
+        assert (span.factors["word_class"], span.factors["concept"]) == ("name", thing.concept.name)
+    characters = World(WorldConfig(concepts=60, max_objects=1, captions="names"), "text")
+    assert {"digit seven", "latin capital letter a"} <= {characters.text(i) for i in range(2000)}
+
+
 def test_splits_follow_the_dial() -> None:
     assert available_splits(ICONS) == ("train", "val", "attributes", "drawing")
     assert available_splits(WorldConfig(icons=len(things()))) == (
@@ -243,7 +267,10 @@ def test_splits_follow_the_dial() -> None:
         ({"icons": 5, "concepts": 0}, "handwriting", "data.world.concepts.*at least 1"),
         ({"icons": 5}, "unseen", "data.world.icons.*at least"),
         ({}, "drawing", "data.world.icons.*at least 1"),
-        ({"grid": 4}, "train", "data.world.grid.*2 or 3"),
+        ({"grid": 4}, "train", "data.world.grid.*1, 2 or 3"),
+        ({"grid": 1, "max_objects": 2}, "train", "data.world.max_objects.*got 2, wanted 1 to 1 where grid is 1"),
+        ({"captions": "short"}, "train", "data.world.captions.*sentences or names"),
+        ({"captions": "names", "max_objects": 2}, "train", "data.world.captions.*data.world.max_objects"),
         ({"facts": 10**6}, "train", f"data.world.facts.*0 to {len(named_characters())}"),
         ({"facts": -1}, "train", "data.world.facts"),
     ],

@@ -85,6 +85,23 @@ def test_a_mix_goes_the_whole_way(runs: dict[tuple[str, ...], Path], mix: tuple[
     assert (run / "report.html").exists()
 
 
+def test_pairs_may_hide_no_patch(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "words-alone"
+    masking = "data.masking={pair_text: 1, pair_patches: 0}"
+    said = pretrain(run, data, ("pair",), masking)
+    assert "visual tokenizer" not in said and "Codes of hidden patches" not in said
+    trained = vlmoe.load(run)
+    assert isinstance(trained, Pretrained) and trained.visual_tokenizer is None
+    assert not (run / "model" / "visual.json").exists()
+    scores = json.loads((run / "eval.json").read_text())["splits"]["val"]
+    assert set(scores) == {"text", "loss"} and scores["loss"]["sum"] == scores["loss"]["mlm"]
+    assert "mim" not in (run / "metrics.jsonl").read_text()
+    assert (run / "completions.png").exists()
+    invoke("report", str(run), "--samples", "2")
+    both = pretrain(tmp_path / "images-too", data, ("image", "pair"), masking)  # codes of images alone are predicted
+    assert "Codes of hidden patches" in both
+
+
 def finetune(run: Path, task: str, out: Path, *more: str) -> str:
     return invoke("finetune", task, "world", "--init", str(run), f"run.dir={out}", *TUNE, *more)
 

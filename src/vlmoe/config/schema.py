@@ -87,9 +87,10 @@ class WorldConfig:
     icons: int = 0  # how many further things, drawn by icon fonts
     facts: int = 0  # texts also state facts about the first so many of Unicode's named characters
     max_objects: int = 2  # 1 to 4 objects in a scene
-    grid: int = 3  # 3: nine places; 2: the four corners, with objects half as large again
+    grid: int = 3  # 3: nine places; 2: the four corners, with objects half as large again; 1: the whole picture
     colours: int = 8
     languages: list[str] = field(default_factory=lambda: ["en"])
+    captions: str = "sentences"  # or names: the object's name alone, for worlds of one object
     captions_in_text: float = 0.5  # share of text-only samples that describe a scene nobody shows
     said_twice: float = 0.0  # share of those that describe it twice, in words drawn anew
 
@@ -122,7 +123,7 @@ class MaskingConfig:
     text: float = 0.15  # of the tokens of text-only samples
     pair_text: float = 0.5  # of the tokens of a pair's text
     patches: float = 0.4  # of the patches of image-only samples, in blocks
-    pair_patches: float = 0.4  # of the patches of a pair's image, likewise
+    pair_patches: float = 0.4  # of the patches of a pair's image, likewise; 0: pairs teach words alone
     min_block: int = 2  # smallest block, in patches
 
 
@@ -237,6 +238,11 @@ class Recipe:
     def reads_images(self) -> bool:
         """Whether the run sees any image, alone or in pairs."""
         return bool(self.data.batch.image or self.data.batch.pair)
+
+    @property
+    def predicts_patches(self) -> bool:
+        """Whether the run hides patches, whose codes a visual tokenizer must give."""
+        return bool(self.data.batch.image or (self.data.batch.pair and self.data.masking.pair_patches))
 
 
 def sparse_blocks(pattern: str, depth: int) -> frozenset[int]:

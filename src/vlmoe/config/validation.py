@@ -102,9 +102,16 @@ def _data(d: DataConfig, m: ModelConfig, need: Need) -> None:
         need(size == 0 or kind in kinds, f"data.batch.{kind}", size, f"0, because data.sources has no {kind} source")
     if any(source.type == "world" for source in d.sources):
         _world(d.world, m, need)
-    for f in ("text", "pair_text", "patches", "pair_patches"):
+    for f in ("text", "pair_text"):
         value = getattr(d.masking, f)
-        need(0 < value < 1, f"data.masking.{f}", value, "a share between 0 and 1")
+        need(0 < value <= 1, f"data.masking.{f}", value, "a share above 0 and up to 1")
+    need(0 < d.masking.patches < 1, "data.masking.patches", d.masking.patches, "a share between 0 and 1")
+    need(
+        0 <= d.masking.pair_patches < 1,
+        "data.masking.pair_patches",
+        d.masking.pair_patches,
+        "a share from 0 to below 1",
+    )
     need(0 <= d.max_bad_share <= 1, "data.max_bad_share", d.max_bad_share, "a share from 0 to 1")
     need(d.workers >= 0, "data.workers", d.workers, "a number not below 0")
     tok, vis = d.text_tokenizer, d.visual_tokenizer
@@ -122,7 +129,12 @@ def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:
         f"model.image_size ({m.image_size})",
     )  # fmt: skip
     need(1 <= world.max_objects <= 4, "data.world.max_objects", world.max_objects, "1 to 4")
-    need(world.grid in {2, 3}, "data.world.grid", world.grid, "2 or 3")
+    need(world.grid in {1, 2, 3}, "data.world.grid", world.grid, "1, 2 or 3")
+    need(world.captions in {"sentences", "names"}, "data.world.captions", world.captions, "sentences or names")
+    need(
+        world.captions == "sentences" or world.max_objects == 1, "data.world.captions", world.captions,
+        f"sentences: there are up to {world.max_objects} objects (data.world.max_objects)",
+    )  # fmt: skip
     for f in ("concepts", "icons", "facts"):
         need(getattr(world, f) >= 0, f"data.world.{f}", getattr(world, f), "a number not below 0")
     need(world.concepts + world.icons > 0, "data.world.concepts", world.concepts, "at least 1 where icons is 0")

@@ -77,8 +77,11 @@ class Collator:
         batch.image_BCHW = torch.from_numpy(image_BHWC).permute(0, 3, 1, 2).contiguous()
         side, masking = self.model.image_size // self.model.patch, self.masking
         ratio = masking.patches if self.kind == "image" else masking.pair_patches
-        mask_BP = [mask_patches(side, ratio, masking.min_block, stream(key, p)) for p in positions]
-        batch.patch_mask_BP = torch.from_numpy(np.stack(mask_BP))
+        if ratio:
+            mask_BP = [mask_patches(side, ratio, masking.min_block, stream(key, p)) for p in positions]
+            batch.patch_mask_BP = torch.from_numpy(np.stack(mask_BP))
+        else:
+            batch.patch_mask_BP = torch.zeros(len(items), side * side, dtype=torch.bool)
         codes = [item.sample.codes for item in items]
         if all(c is not None for c in codes):
             batch.codes_BP = torch.from_numpy(np.stack(codes).astype(np.int64))  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.evaluate.masked import fill_in
 from vlmoe.tasks.finite import first_choice
-from vlmoe.tasks.pretrain import MaskedDataModelling
+from vlmoe.tasks.pretrain import MaskedDataModelling, hides_patches
 
 HIDDEN = "____"
 RIGHT, WRONG, PLAIN = "#0072B2", "#D55E00", "#222222"  # Okabe-Ito: told apart by colour-blind readers too
@@ -52,10 +52,12 @@ def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch,
     was_training = model.training
     model.eval()
     seen_BT, blind_BT = fill_in(model, batch, "seen"), fill_in(model, batch, "blind")
-    guess_BP = first_choice(model.image_head(model.run(batch).features("vision")[:, 1:]), "patches' predictions")
+    restored = None
+    if hides_patches(batch):
+        assert model.visual_tokenizer is not None
+        logits_BPV = model.image_head(model.run(batch).features("vision")[:, 1:])
+        restored = model.visual_tokenizer.decode(first_choice(logits_BPV, "patches' predictions"))
     model.train(was_training)
-    assert model.visual_tokenizer is not None
-    restored = model.visual_tokenizer.decode(guess_BP)
     special = {tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id}
     completions = []
     for b in range(min(count, len(batch))):

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmoe.config import UserError
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.tasks.finite import NotFinite, first_choice
-from vlmoe.tasks.pretrain import MaskedDataModelling, summarise_routing
+from vlmoe.tasks.pretrain import MaskedDataModelling, hides_patches, summarise_routing
 
 VIEWS = ("seen", "blind", "swapped")
 RESAMPLES = 1000
@@ -162,9 +162,8 @@ def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[s
     """Accuracy on the codes of hidden patches, beside the share of the most frequent code (the majority guess). Raises
     NotFinite."""
     tally, codes = Tally(), Counter[int]()
-    assert model.visual_tokenizer is not None
-    for batch in batches:
-        assert batch.patch_mask_BP is not None
+    for batch in filter(hides_patches, batches):
+        assert batch.patch_mask_BP is not None and model.visual_tokenizer is not None
         target_BP = model.visual_tokenizer.encode(batch)
         logits_BPV = model.image_head(model.run(batch).features("vision")[:, 1:])
         guess_BP = first_choice(logits_BPV, "patches' predictions")
@@ -172,7 +171,7 @@ def image_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[s
         for right, asked in zip(right_BP.sum(1).tolist(), batch.patch_mask_BP.sum(1).tolist(), strict=True):
             tally.add(right, asked)
         codes.update(target_BP[batch.patch_mask_BP].tolist())
-    majority = max(codes.values()) / max(sum(codes.values()), 1)
+    majority = max(codes.values(), default=0) / max(sum(codes.values()), 1)
     return tally.summary() | {"majority": majority, "codes_in_use": len(codes)}
 
 
@@ -227,7 +226,9 @@ def evaluate_masked(
             scores: dict[str, Any] = {}
             if "pair" in kinds:
                 scores["text"] = text_scores(model, batches_of(split, "pair"))
-                scores["image"] = image_scores(model, batches_of(split, "pair"))
+                image = image_scores(model, batches_of(split, "pair"))
+                if image["predictions"]:
+                    scores["image"] = image
                 scores["loss"] = losses(model, batches_of(split, "pair"))
             if "image" in kinds:
                 scores["image_alone"] = image_scores(model, batches_of(split, "image"))

@@ -73,7 +73,7 @@ class MaskedDataModelling(Task):
         for kind, batch in batches.items():
             output = self.run(batch)
             routed += output.stats.items()
-            if batch.image_BCHW is not None:
+            if hides_patches(batch):
                 name = f"{kind}/mim"
                 losses[name], metrics[f"{name}_accuracy"] = self._mim(batch, output)
             if batch.text_BT is not None:
@@ -101,7 +101,7 @@ class MaskedDataModelling(Task):
         output, found = self.run(batch), {}
         if batch.text_BT is not None:
             found["mlm"] = self._mlm(batch, output)[0]
-        if batch.image_BCHW is not None:
+        if hides_patches(batch):
             found["mim"] = self._mim(batch, output)[0]
         return found
 
@@ -127,6 +127,11 @@ class MaskedDataModelling(Task):
         hidden_M = batch.hidden_tokens()
         x_MD = output.features("text").flatten(0, 1).index_select(0, hidden_M)
         return _predict(self.text_logits(x_MD), batch.target_BT.flatten().index_select(0, hidden_M))
+
+
+def hides_patches(batch: Batch) -> bool:
+    """Whether there are patches to predict: there are none in texts, nor where `data.masking.pair_patches` is 0."""
+    return batch.patch_mask_BP is not None and len(batch.hidden_patches()) > 0
 
 
 def pool(losses: dict[str, Summed]) -> dict[str, Summed]:

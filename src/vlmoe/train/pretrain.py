@@ -84,7 +84,7 @@ def _take_tokenizers(start: Pretrained, recipe: Recipe, folder: Path) -> None:
     """Those of the run to start from, unless the run has some or its recipe names others."""
     visual = start.visual_tokenizer
     if (
-        recipe.reads_images
+        recipe.predicts_patches
         and isinstance(visual, VQTokenizer)
         and not recipe.data.visual_tokenizer.path
         and not (folder / "visual.json").exists()
@@ -121,9 +121,9 @@ def prepare_visual_tokenizer(
     recipe: Recipe, text_tokenizer: TextTokenizer, folder: Path, device: torch.device, console: Console
 ) -> VisualTokenizer | None:
     """The run's visual tokenizer: trained on the run's own images or read once, then kept with the run. None where it
-    sees no images."""
+    predicts no patches."""
     config = recipe.data.visual_tokenizer
-    if recipe.reads_images and config.type == "vq" and not (folder / "visual.json").is_file():
+    if recipe.predicts_patches and config.type == "vq" and not (folder / "visual.json").is_file():
         if config.path:
             tokenizer = VQTokenizer.load(Path(config.path))
         else:

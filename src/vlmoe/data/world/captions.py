@@ -20,7 +20,7 @@ class Captioner:
 
     def __init__(self, language: Language) -> None:
         self.language = language
-        self._ways: dict[int, list[tuple[Step, ...]]] = {}
+        self._ways: dict[int, list[tuple[Step, ...]]] = {0: [compile_template("{name1}", language.code)]}
         for count, templates in ((1, language.one), (2, language.two), (3, language.many)):
             # Each sentence is drawn with equal chance, then the way of saying its objects.
             said = [expand(t, language.objects) for t in templates]
@@ -28,15 +28,18 @@ class Captioner:
             self._ways[count] = [compile_template(w[i % len(w)], language.code) for w in said for i in range(widest)]
         self._pieces: dict[tuple[object, ...], tuple[Piece, ...]] = {}
 
-    def speak(self, scene: Scene, draws: Draws) -> tuple[str, tuple[Span, ...]]:
-        """A caption and the factors of its words. Of three or four objects it names two."""
+    def speak(self, scene: Scene, draws: Draws, name_alone: bool = False) -> tuple[str, tuple[Span, ...]]:
+        """A caption and the factors of its words. Of three or four objects it names two.
+
+        name_alone: of a scene with one object, its name and nothing else.
+        """
         count = len(scene.objects)
         order = [0]
         if count > 1:
             first = draws.below(count)
             second = draws.below(count - 1)
             order = [first, second + (second >= first)]
-        steps = draws.choice(self._ways[min(count, 3)])
+        steps = draws.choice(self._ways[0 if name_alone else min(count, 3)])
         things = [scene.objects[slot] for slot in order]
         relation = draws.choice(relations(*things)) if count > 1 else ""
         writer, pieces = Writer(), self._pieces

@@ -43,8 +43,10 @@ PLACES = (
 )  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
 CORNERS = tuple(PLACES[i] for i in (0, 2, 6, 8))
+CENTRE = PLACES[4:5]
 SPLITS = ("train", "val", "handwriting", "font", "attributes", "drawing", "unseen")
 
+LEAST_CELL = 12  # pixels
 _CONTRAST = 500  # from here on a background serves a colour; see `contrast`
 
 
@@ -66,7 +68,7 @@ class SceneObject:
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Row and column on the 3x3 grid; the four corners of it where a world has only those."""
+        """Row and column on the 3x3 grid; the four corners or the centre of it where a world has only those."""
         row, column = divmod(PLACES.index(self.place), 3)
         return row, column
 
@@ -119,8 +121,8 @@ def available_splits(config: WorldConfig) -> tuple[str, ...]:
 
 
 def places_of(grid: int) -> tuple[str, ...]:
-    """The places of a grid of 3x3 or 2x2 cells, row by row."""
-    return PLACES if grid == 3 else CORNERS
+    """The places of a grid of 3x3, 2x2 or 1x1 cells, row by row."""
+    return {3: PLACES, 2: CORNERS, 1: CENTRE}[grid]
 
 
 def _in_drawing(thing: Thing) -> bool:
@@ -210,9 +212,15 @@ def _check(config: WorldConfig, split: str) -> None:
             raise RecipeError(f"key 'data.world.{key}' got {value!r}, wanted {wanted}")
 
     in_play(config)
-    need(config.grid in {2, 3}, "grid", config.grid, "2 or 3")
-    need(config.image_size >= 36, "image_size", config.image_size, "at least 36 pixels: smaller glyphs are illegible")
-    need(1 <= config.max_objects <= 4, "max_objects", config.max_objects, "1 to 4")
+    need(config.grid in {1, 2, 3}, "grid", config.grid, "1, 2 or 3")
+    least = LEAST_CELL * config.grid
+    wanted = f"at least {least} pixels where grid is {config.grid}: smaller glyphs are illegible"
+    need(config.image_size >= least, "image_size", config.image_size, wanted)
+    most = min(4, config.grid**2)
+    need(1 <= config.max_objects <= most, "max_objects", config.max_objects, f"1 to {most} where grid is {config.grid}")
+    need(config.captions in {"sentences", "names"}, "captions", config.captions, "sentences or names")
+    several = f"sentences: there are up to {config.max_objects} objects (data.world.max_objects)"
+    need(config.captions == "sentences" or config.max_objects == 1, "captions", config.captions, several)
     need(1 <= config.colours <= len(COLOURS), "colours", config.colours, f"1 to {len(COLOURS)}")
     if split not in SPLITS:
         raise RecipeError(f"the world has no split '{split}': it has {', '.join(SPLITS)}")

@@ -116,7 +116,8 @@ class World:
         return tuple(character for character in named[:count] if character not in shown)
 
     def _caption(self, scene: Scene, draws: Draws) -> tuple[str, tuple[Span, ...]]:
-        return captioner(draws.choice(self.config.languages)).speak(scene, draws)
+        speaker = captioner(draws.choice(self.config.languages))
+        return speaker.speak(scene, draws, name_alone=self.config.captions == "names")
 
     def _key(self, index: int) -> str:
         i = as_index(index)
