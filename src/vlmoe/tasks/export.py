@@ -204,7 +204,8 @@ def _load_weights(model: Task, folder: Path, device: torch.device) -> None:
 
 
 def load_visual_tokenizer(folder: Path, recipe: Recipe) -> VisualTokenizer | None:
-    """The tokenizer that a recipe names, its files (if it has any) read from `folder`; None where it predicts no patches."""
+    """The tokenizer that a recipe names, its files (if it has any) read from `folder`; None where it predicts
+    no patches."""
     if not recipe.predicts_patches:
         return None
     if recipe.data.visual_tokenizer.type == "codes":
