@@ -30,13 +30,8 @@ from vlmoe.train.signals import StopRequest
 USED = "used.json"
 GRACE = 60.0  # seconds that a job told to stop has for its checkpoint
 POLL = 0.05
-MOVED = (
-    "run.dir",
-    "data.visual_tokenizer.path",
-    "tokenizers",
-    "init",
-    "branch_from",
-)  # change when a study's folder is moved
+# change when a study's folder is moved
+MOVED = ("run.dir", "data.visual_tokenizer.path", "tokenizers", "init", "branch_from")
 FREE = (*MOVED, "recipe.about")  # what a recipe says of itself may be put into other words
 
 

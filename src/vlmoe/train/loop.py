@@ -176,9 +176,8 @@ class Trainer:
         if found is not None:
             checkpoint.check_recipe(found, recipe)
             self.state = checkpoint.restore(found, self.task, self.optimizer)
-            checkpoint.prune(
-                self.folder, self.config.keep, self.config.keep_at
-            )  # an earlier launch may have died before it could
+            # an earlier launch may have died before it could
+            checkpoint.prune(self.folder, self.config.keep, self.config.keep_at)
         if self.validation is not None:
             for name, value in self.state.validation.items():
                 setattr(self.validation, name, value)
