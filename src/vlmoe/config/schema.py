@@ -200,6 +200,7 @@ class TrainConfig:
     log_every: int = 1
     checkpoint_every: int = 500
     keep: int = 2  # newest checkpoints kept
+    keep_at: list[int] = field(default_factory=list)  # steps whose checkpoints are kept as well
 
 
 @dataclass
@@ -221,6 +222,7 @@ class Recipe:
     init: str = (
         ""  # an earlier pre-training to start from; where it is dense and this sparse, its layers fill the experts
     )
+    branch_from: str = ""  # a kept checkpoint of another run, to go on from as that run would: RUN/checkpoints/step-N
     init_allow_inexact: bool = False  # also where the sparse model then does not compute what the dense one does
     seed: int = 0
     run: RunConfig = field(default_factory=RunConfig)

@@ -143,6 +143,7 @@ def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:
 def _train(t: TrainConfig, need: Need) -> None:
     for f in ("steps", "log_every", "checkpoint_every", "keep", "accumulate"):
         need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
+    need(all(step > 0 for step in t.keep_at), "train.keep_at", t.keep_at, "a list of steps, for example [800, 1600]")
     for f in ("lr", "expert_lr", "router_lr"):
         need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
     wanted = "a positive number, or null for width over inputs"

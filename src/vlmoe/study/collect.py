@@ -21,18 +21,19 @@ CSV, PARQUET = "runs.csv", "runs.parquet"
 COLUMNS = (
     "run", "stage", "model", "side", "twin", "width", "depth", "experts", "k", "granularity", "shared", "expert_size",
     "placement", "layers", "expansion", "params_total", "params_per_token", "params_active", "seed", "steps",
-    "learning_rate", "expert_lr", "tokens", "flops_per_token", "flops", "seconds", "flops_per_second", "memory_bytes",
-    "memory_predicted", "resident_bytes", "repeated", "wait_share", "status", "error", "loss", "loss_words",
-    "loss_patches", "loss_texts", "accuracy_words", "accuracy_blind",
+    "began_at", "learning_rate", "expert_lr", "tokens", "flops_per_token", "flops", "seconds", "flops_per_second",
+    "memory_bytes", "memory_predicted", "resident_bytes", "repeated", "wait_share", "status", "error", "loss",
+    "loss_words", "loss_patches", "loss_texts", "accuracy_words", "accuracy_blind",
 )  # fmt: skip
 WORDS = ("run", "stage", "model", "side", "twin", "placement", "layers", "status", "error")
 WHOLE = ("width", "depth", "experts", "k", "granularity", "shared", "params_total", "params_per_token",
-         "params_active", "seed", "steps", "memory_bytes", "memory_predicted", "resident_bytes",
+         "params_active", "seed", "steps", "began_at", "memory_bytes", "memory_predicted", "resident_bytes",
          "repeated")  # fmt: skip
 
 
 def row_of(plan: Plan, run: Run, job: Job, rate: float | None, measured: dict[str, Any]) -> Row:
-    """params_active: per token, embeddings left out. seconds: of training, evaluation and start-up left out.
+    """params_active: per token, embeddings left out. began_at: the step at which it branched off a shorter run; its
+    tokens, flops and seconds are those of all its steps. seconds: of training, evaluation and start-up left out.
     flops_per_token, flops: as charged, see `Account.charge`. memory_bytes: of tensors in a step, measured;
     memory_predicted: the same, computed. resident_bytes: the process's."""
     model = plan.model(run)

@@ -93,7 +93,11 @@ class Study:
     total FLOPs of `reference` after each of `steps`. "steps": the same steps, whatever they cost. reference: a dense
     model's name; empty: the first. extends: the folder of an earlier study on the same recipe, whose finished runs join
     the report; its learning rate does not, set `train.lr`. expert_power: see `grid.expert_lr`. jobs: runs at a time,
-    each with one thread."""
+    each with one thread.
+
+    decay_share: of every run's steps those in which its learning rate falls in a straight line, after a constant one;
+    None: the recipe's schedule. With it the lengths of a model are branches of one training: each run goes on from
+    where the next shorter one began its decay, and is the same to the bit as if it had been trained from nothing."""
 
     name: str = ""
     about: str = ""
@@ -105,6 +109,7 @@ class Study:
     extends: str = ""
     expert_power: float = 0.5
     steps: list[int] = field(default_factory=list)
+    decay_share: float | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     dense: list[Grid] = field(default_factory=list)
     sparse: list[Grid] = field(default_factory=list)
@@ -238,6 +243,8 @@ def _check(study: Study, origin: str) -> None:
     need(study.equal in {"per_token", "total", "steps"}, "equal", study.equal, "per_token, total or steps")
     need(study.tolerance > 0, "tolerance", study.tolerance, "a share above 0, for example 0.05")
     need(bool(study.steps) and min(study.steps) > 0, "steps", study.steps, "run lengths, for example [300, 600, 1200]")
+    share = study.decay_share
+    need(share is None or 0 < share < 1, "decay_share", share, "a share between 0 and 1, for example 0.2, or null")
     need(bool(study.seeds), "seeds", study.seeds, "at least one seed")
     _check_seeds("seeds", study.seeds, need)
     need(study.expert_power >= 0, "expert_power", study.expert_power, "a number not below 0, for example 0.5")

@@ -41,8 +41,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Run:
-    """rate: learning rate; None: known when the sweep is done. tokens, flops: of its training, padding not counted in
-    the tokens; flops are those charged, padding to all layers alike (`Account.charge`)."""
+    """rate: learning rate; None: known when the sweep is done. tokens, flops: of its training from nothing, padding not
+    counted in the tokens; flops are those charged, padding to all layers alike (`Account.charge`). decay_steps: the
+    last ones, in which the rate falls in a straight line; 0: the recipe's schedule."""
 
     id: str
     stage: str  # sweep, main
@@ -53,6 +54,12 @@ class Run:
     rate: float | None
     tokens: float
     flops: float
+    decay_steps: int = 0
+
+    @property
+    def branching(self) -> int:
+        """The last step of the constant rate, at which longer runs branch off; 0 where there is none."""
+        return self.steps - self.decay_steps if self.decay_steps else 0
 
 
 @dataclass
@@ -239,7 +246,7 @@ def _runs(plan: Plan) -> list[Run]:
     study, runs = plan.study, []
     for side, model in plan.sweep.items():
         for rate in study.sweep.rates:
-            runs += [_run(model, "sweep", side, seed, study.sweep.steps, rate) for seed in study.sweep.seeds]
+            runs += [_run(study, model, "sweep", side, seed, study.sweep.steps, rate) for seed in study.sweep.seeds]
     reference = plan.models[study.reference or next(iter(plan.models))]
     main = []
     for model in plan.models.values():
@@ -249,17 +256,32 @@ def _runs(plan: Plan) -> list[Run]:
                 if study.equal == "total":
                     steps = max(1, round(length * reference.cost.charge.total / model.cost.charge.total))
                 own = None if plan.sweep and not model.fixed_rate else model.recipe.train.lr
-                main.append((model.seeds.index(seed), _run(model, "main", model.name, seed, steps, own)))
+                main.append((model.seeds.index(seed), _run(study, model, "main", model.name, seed, steps, own)))
     # All models for their first seed before any for its second: a study cut short is a smaller study.
     return runs + [run for _, run in sorted(main, key=lambda pair: pair[0])]
 
 
-def _run(model: Model, stage: str, name: str, seed: int, steps: int, rate: float | None) -> Run:
+def _run(study: Study, model: Model, stage: str, name: str, seed: int, steps: int, rate: float | None) -> Run:
     tag = f"-lr{rate:g}" if stage == "sweep" else ""
     return Run(
         f"{model.name}{tag}-{steps}-seed{seed}", stage, name, model.side, seed, steps, rate,
-        steps * model.cost.tokens, steps * model.cost.charge.total,
+        steps * model.cost.tokens, steps * model.cost.charge.total, _decay_steps(study, model, steps),
     )  # fmt: skip
+
+
+def _decay_steps(study: Study, model: Model, steps: int) -> int:
+    """So that the constant rate ends where the autopilot looks, which then looks at the same steps in every branch."""
+    if study.decay_share is None:
+        return 0
+    train = model.recipe.train
+    every = train.guard.every if train.guard.on else 1
+    constant = (steps - round(study.decay_share * steps)) // every * every
+    if constant < max(1, train.warmup):
+        raise StudyError(
+            f"key 'decay_share': of {model.name}'s {steps} steps {constant} would come before the decay, wanted at "
+            f"least train.warmup ({train.warmup}): choose longer runs, a smaller share or a shorter warm-up"
+        )
+    return steps - constant
 
 
 def carried_rate(plan: Plan, model: Model, best: dict[str, float]) -> float:
@@ -270,12 +292,16 @@ def carried_rate(plan: Plan, model: Model, best: dict[str, float]) -> float:
     return best[model.side] * (model.settings["width"] / sweep) ** plan.study.sweep.width_power
 
 
-def recipe_of(plan: Plan, run: Run, rate: float, folder: str, tokenizers: str) -> Recipe:
-    """The whole recipe of a run."""
+def recipe_of(plan: Plan, run: Run, rate: float, folder: str, tokenizers: str, branch_from: str = "") -> Recipe:
+    """The whole recipe of a run. branch_from: the checkpoint of a shorter one that it goes on from."""
     recipe = copy.deepcopy(plan.model(run).recipe)
     recipe.name, recipe.seed, recipe.run.dir = run.id, run.seed, folder
     recipe.train.steps, recipe.train.lr = run.steps, rate
-    recipe.train.warmup = min(recipe.train.warmup, max(1, run.steps // 5))
+    if run.decay_steps:
+        recipe.train.schedule, recipe.train.decay_steps = "constant_decay", run.decay_steps
+        recipe.train.keep_at, recipe.branch_from = [run.branching] if run.stage == "main" else [], branch_from
+    else:
+        recipe.train.warmup = min(recipe.train.warmup, max(1, run.steps // 5))
     recipe.train.min_lr = min(recipe.train.min_lr, rate)
     if recipe.data.visual_tokenizer.type == "vq" and not recipe.data.visual_tokenizer.path:
         recipe.data.visual_tokenizer.path = tokenizers

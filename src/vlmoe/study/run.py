@@ -31,7 +31,16 @@ from vlmoe.study.measure import data_shapes, mean_shapes
 from vlmoe.study.plan import duration, read_report
 from vlmoe.study.recount import CHARGE, recount
 from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
-from vlmoe.study.work import Work, downstream_jobs, job_of, measure_jobs, rate_of, text_tokenizer, tokenizer_jobs
+from vlmoe.study.work import (
+    Work,
+    downstream_jobs,
+    drop_branched,
+    job_of,
+    measure_jobs,
+    rate_of,
+    text_tokenizer,
+    tokenizer_jobs,
+)
 from vlmoe.train.loop import pick_device
 from vlmoe.train.runlog import lock_run, machine, replace_text
 
@@ -150,6 +159,7 @@ def _run(work: Work, jobs: list[Job], what: str) -> None:
         if not event:
             return
         done += 1
+        drop_branched(work)
         rest = expected_seconds(left, work.jobs_at_a_time)
         took = f"{duration(time.monotonic() - began)} gone, about {duration(rest)} left"
         work.console.print(
@@ -235,7 +245,7 @@ def show_runs(work: Work) -> None:
             f"{memory / 2**20:.3g}M", duration(job.seconds), ", ".join(f"{n} {s}" for s, n in counts.items()),
         )  # fmt: skip
     work.console.print(table)
-    total, todo = sum(run.flops for run in work.plan.runs), [j for j in jobs if j.status in ("to do", "stopped")]
+    total, todo = sum(job.flops for job in jobs), [j for j in jobs if j.status in ("to do", "stopped")]
     seconds = expected_seconds(jobs, work.jobs_at_a_time)
     tasks = work.plan.study.downstream
     after = f"; then {', '.join(tasks.tasks)} for {', '.join(tasks.models)}, not in this time" if tasks.tasks else ""
@@ -243,6 +253,12 @@ def show_runs(work: Work) -> None:
         f"{len(jobs)} runs, {len(todo)} to do, {short(total)} FLOPs in all; about {duration(seconds)} with "
         f"{work.jobs_at_a_time} at a time{after}", highlight=False,
     )  # fmt: skip
+    if any(job.began_at for job in jobs):
+        apart = short(sum(run.flops for run in work.plan.runs))
+        work.console.print(
+            f"Lengths of a model are branches of one training: from nothing, as the table counts them, they would take "
+            f"{apart} FLOPs", highlight=False,
+        )  # fmt: skip
     budget = work.plan.study.budget
     if budget.hours is not None:
         over = "; what does not fit is left out" if seconds > work.meter.left else ""

@@ -17,6 +17,9 @@ from vlmoe.model.flops import Shape
 from vlmoe.study.declare import StudyError
 from vlmoe.study.grid import Model, Plan, Run, carried_rate, recipe_of
 from vlmoe.study.schedule import Job, Meter
+from vlmoe.train import checkpoint
+from vlmoe.train.branch import began_at
+from vlmoe.train.loop import CHECKPOINTS
 from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer
 
 TIMED_STEPS = 8  # of every model, before anything is trained
@@ -94,15 +97,57 @@ def rate_of(work: Work, run: Run) -> float | None:
 
 
 def job_of(work: Work, run: Run) -> Job:
-    """What trains a run, and how long it will take."""
-    folder = work.folder(run)
-    rate = rate_of(work, run)
+    """What trains a run, how long that will take and what it costs: from where it branches off."""
+    folder, rate = work.folder(run), rate_of(work, run)
+    begun = _begun(work, run)
+    trunk = None if begun else trunk_of(work, run)
+    start = checkpoint_of(work, trunk) if trunk else None
     spec = None
     if rate is not None:
-        recipe = recipe_of(work.plan, run, rate, str(folder), str(work.tokenizers(run.seed)))
+        recipe = recipe_of(work.plan, run, rate, str(folder), str(work.tokenizers(run.seed)), str(start or ""))
         spec = {"kind": "train", "recipe": recipe_mapping(recipe)}
-    seconds = work.measured(work.plan.model(run)).get("seconds", 0.0) * run.steps + _overhead(work)
-    return Job(run.id, folder, spec, seconds=seconds, flops=run.flops, steps=run.steps)
+    began = began_at(folder) if run.decay_steps and begun else trunk.branching if trunk else 0
+    seconds = work.measured(work.plan.model(run)).get("seconds", 0.0) * (run.steps - began) + _overhead(work)
+    flops = run.flops * (1 - began / run.steps)
+    return Job(run.id, folder, spec, seconds=seconds, flops=flops, steps=run.steps, began_at=began, start=start)
+
+
+def checkpoint_of(work: Work, run: Run) -> Path:
+    """Where a run keeps the end of its constant phase."""
+    return work.folder(run) / CHECKPOINTS / f"step-{run.branching}"
+
+
+def trunk_of(work: Work, run: Run) -> Run | None:
+    """The longest shorter run of the same model and seed that has kept the end of its constant phase, or will; None
+    where this one is trained from nothing."""
+    shorter = [r for r in _lengths(work.plan, run) if r.steps < run.steps]
+    return next((r for r in reversed(shorter) if checkpoint_of(work, r).is_dir() or not _done(work, r)), None)
+
+
+def drop_branched(work: Work) -> None:
+    """Delete the checkpoints that runs kept for longer ones which have begun. That of the longest run stays, for longer
+    ones still."""
+    for run in work.plan.runs:
+        longer = next((r for r in _lengths(work.plan, run) if r.steps > run.steps), None)
+        kept = checkpoint_of(work, run)
+        if longer and kept.is_dir() and _done(work, run) and _begun(work, longer):
+            checkpoint.remove(kept)
+
+
+def _lengths(plan: Plan, run: Run) -> list[Run]:
+    """The runs that are branches of one training with this one, it included, shortest first."""
+    if run.stage != "main" or not run.decay_steps:
+        return []
+    same = [r for r in plan.runs if r.stage == "main" and (r.model, r.seed) == (run.model, run.seed)]
+    return sorted(same, key=lambda r: r.steps)
+
+
+def _done(work: Work, run: Run) -> bool:
+    return Job(run.id, work.folder(run)).done
+
+
+def _begun(work: Work, run: Run) -> bool:
+    return _done(work, run) or bool(checkpoint.steps_in(work.folder(run) / CHECKPOINTS))
 
 
 def _overhead(work: Work) -> float:
@@ -112,7 +157,7 @@ def _overhead(work: Work) -> float:
         file = work.folder(run) / "result.json"
         if file.is_file():
             result = read_json(file, nan=True)
-            found.append(max(0.0, result["process_seconds"] - result["seconds"]))
+            found.append(max(0.0, result["process_seconds"] - result.get("launch_seconds", result["seconds"])))
     return statistics.median(found) if found else OVERHEAD
 
 

@@ -30,6 +30,7 @@ from vlmoe.evaluate.downstream import evaluate_task
 from vlmoe.evaluate.masked import losses, text_scores, words_right
 from vlmoe.study.measure import measure_step
 from vlmoe.tasks.export import Pretrained, load_pretrained
+from vlmoe.train.branch import began_at
 from vlmoe.train.finetune import finetune
 from vlmoe.train.loop import pick_device
 from vlmoe.train.pretrain import prepare_text_tokenizer, prepare_visual_tokenizer, pretrain
@@ -66,6 +67,8 @@ def _train(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], int | None]:
     repeated = sum(e["step"] - e["to"] for e in read_lines(folder / EVENTS) if e["event"] == "rolled back")
     return {
         "seconds": records[-1]["seconds"],
+        "launch_seconds": done.seconds,
+        "began_at": began_at(folder),
         "wait_share": sum(r["wait_share"] for r in records) / len(records),
         "repeated": repeated,
         **held_out_scores(load_pretrained(folder, pick_device(recipe.train.device)), recipe),

@@ -176,7 +176,8 @@ class Trainer:
         if found is not None:
             checkpoint.check_recipe(found, recipe)
             self.state = checkpoint.restore(found, self.task, self.optimizer)
-            checkpoint.prune(self.folder, self.config.keep)  # an earlier launch may have died before it could
+            # an earlier launch may have died before it could
+            checkpoint.prune(self.folder, self.config.keep, self.config.keep_at)
         if self.validation is not None:
             for name, value in self.state.validation.items():
                 setattr(self.validation, name, value)
@@ -233,7 +234,6 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------- loop
     def _loop(self, display: Display) -> int | None:
         """Steps until the end or a signal. Returns the signal's number or None."""
-        config = self.config
         self.budget = BadBudget(self.run_dir / SKIPPED, self.recipe.data.max_bad_share)
         if self.state.bad:
             self.budget.load_state_dict(self.state.bad)
@@ -249,7 +249,7 @@ class Trainer:
                     data, self.data_moved = self._open_data(display), False
                     continue
                 self._validate(display)
-                if self.state.step % config.checkpoint_every == 0 and not self._ended() and self._healthy(display):
+                if not self._ended() and self._worth_saving(display):
                     self._save()
             complete = self._ended()
             if complete:
@@ -278,6 +278,13 @@ class Trainer:
                 lost=lost,
             )
         )
+
+    def _worth_saving(self, display: Display) -> bool:
+        """Whether a checkpoint is due. One that is to be kept is made of a state that is not to return to as well."""
+        kept = self.state.step in self.config.keep_at
+        if not kept and self.state.step % self.config.checkpoint_every:
+            return False
+        return self._healthy(display) or (kept and not self.data_moved)
 
     def _healthy(self, display: Display) -> bool:
         """Whether this is a state to return to. What the guard holds back it may still have to undo."""
@@ -467,7 +474,7 @@ class Trainer:
             guard=copy.deepcopy(self.guard.state) if self.guard is not None else {},
             watch=self.watch.state(),
         )
-        path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep)
+        path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep, self.config.keep_at)
         self.saved_step = self.state.step
         self.log.event("checkpoint", step=self.state.step, path=str(path.relative_to(self.run_dir)))
 

@@ -1,0 +1,177 @@
+"""A study whose lengths are branches of one training: interrupted, lengthened, with a run that fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tests.study.test_study import SMALL, invoke
+from vlmoe.cli import app
+from vlmoe.config import from_mapping, load_recipe
+from vlmoe.study.declare import Budget, load_study
+from vlmoe.study.grid import count, make_plan
+from vlmoe.study.measure import data_shapes
+from vlmoe.study.schedule import RESULT, Job, Meter, expected_seconds, run_jobs
+from vlmoe.study.work import Work, checkpoint_of, drop_branched, job_of, trunk_of
+from vlmoe.train.checkpoint import steps_in
+from vlmoe.train.pretrain import prepare_text_tokenizer, pretrain
+from vlmoe.train.runlog import read_lines
+
+BRANCHED = [*SMALL, "train.guard.every=2"]
+STUDY = f"""
+recipe: demo
+set: {json.dumps(BRANCHED)}
+steps: [10, 20]
+decay_share: 0.2
+tolerance: 0.1
+dense: [{{width: 32, steps: [10]}}]
+sparse:
+  - {{name: broken, experts: 4, set: [data.visual_tokenizer.path=/nowhere]}}
+  - {{name: fine, experts: 4, granularity: 2, shared: 2, layers: all}}
+jobs: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A study of two lengths, and the same with three of them."""
+    folder = tmp_path_factory.mktemp("branches")
+    file, out = folder / "mine.yaml", folder / "out"
+    file.write_text(STUDY)
+    found: dict[str, Any] = {"out": out, "file": file}
+    found["dry"] = invoke(str(file), "--dry-run", "--out", str(out))
+    for name, words in (("first", []), ("second", ["steps=[10,20,30]"])):
+        found[name] = invoke(str(file), *words, "--out", str(out))
+        found[f"{name} report"] = json.loads((out / "study.json").read_text())
+        found[f"{name} times"] = {p.parent.name: p.stat().st_mtime_ns for p in out.glob("runs/*/result.json")}
+        found[f"{name} kept"] = {p.name: steps_in(p / "checkpoints") for p in out.glob("runs/*")}
+    return found
+
+
+def rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["run"]: row for row in report["runs"]}
+
+
+def test_a_branch_has_the_weights_and_the_log_of_a_run_from_nothing(launches: dict[str, Any], tmp_path: Path) -> None:
+    """Of a run that goes on from one that itself went on from another."""
+    folder = launches["out"] / "runs" / "fine-30-seed0"
+    recipe = from_mapping(json.loads((folder / "job.json").read_text())["recipe"])
+    steps = recipe.train.steps
+    assert recipe.branch_from
+    assert (recipe.train.schedule, recipe.train.decay_steps) == ("constant_decay", steps // 5)
+    recipe.branch_from, recipe.train.keep_at, recipe.run.dir = "", [], str(tmp_path)
+    pretrain(recipe)
+    timing = {"tokens_per_second", "seconds", "wait_share"}
+    logs = [
+        [{k: v for k, v in r.items() if k not in timing} for r in read_lines(f / "metrics.jsonl")]
+        for f in (folder, tmp_path)
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == steps
+    for name in ("model/model.safetensors", f"checkpoints/step-{steps}/optimizer.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_rows_say_what_a_run_would_cost_alone(launches: dict[str, Any]) -> None:
+    found = rows(launches["second report"])
+    began = {run: row["began_at"] for run, row in found.items() if row["status"] == "done"}
+    assert began == {"dense-w32-d2-10-seed0": 0, "fine-10-seed0": 0, "fine-20-seed0": 8, "fine-30-seed0": 16}
+    for run, row in found.items():
+        if row["status"] == "done":
+            assert row["flops"] == pytest.approx(row["steps"] * found[row["model"] + "-10-seed0"]["flops"] / 10), run
+    assert found["fine-20-seed0"]["seconds"] > found["fine-10-seed0"]["seconds"] * 0.5
+
+
+def test_finished_runs_are_not_done_again(launches: dict[str, Any]) -> None:
+    before, after = launches["first times"], launches["second times"]
+    assert len(before) == 3
+    assert len(after) == 4
+    assert {run: after[run] for run in before} == before
+
+
+def test_only_checkpoints_that_may_be_gone_on_from_are_kept(launches: dict[str, Any]) -> None:
+    assert launches["first kept"]["fine-10-seed0"] == [10]
+    assert launches["first kept"]["fine-20-seed0"] == [16, 20]  # 16: for longer runs
+    assert launches["second kept"]["fine-20-seed0"] == [20]
+    assert launches["second kept"]["fine-30-seed0"] == [24, 30]
+
+
+def test_the_branches_of_a_failed_run_fail_with_it(launches: dict[str, Any]) -> None:
+    found = rows(launches["first report"])
+    assert "/nowhere" in found["broken-10-seed0"]["error"]
+    why = found["broken-20-seed0"]["error"]
+    assert why.startswith("not begun: broken-10-seed0, from whose step-8 it was to go on, failed: ")
+    assert "/nowhere" in why
+
+
+def test_the_list_of_runs_says_what_is_computed(launches: dict[str, Any]) -> None:
+    """Steps: of the dense model 10; of each other 10, and 20 from the eighth on, which would be 30 alone."""
+    plain = " ".join(launches["dry"].split())
+    computed, alone = (
+        float(re.search(pattern, plain)[1])  # type: ignore[index]
+        for pattern in (r"5 to do, ([\d.]+)G FLOPs in all", r"would take ([\d.]+)G FLOPs")
+    )
+    assert computed / alone == pytest.approx(54 / 70, rel=0.02)
+
+
+def test_a_length_that_comes_later_goes_on_from_what_is_kept(tmp_path: Path) -> None:
+    """Lengths 10, 20, 30 of one model and seed, in every state of the shorter ones."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(STUDY)
+    declared = load_study(str(file), ["steps=[30,10,20]"])
+    plan = make_plan(declared)
+    base = load_recipe("demo", BRANCHED)
+    count(plan, data_shapes(base, prepare_text_tokenizer(base, tmp_path / "tokenizers", Console(quiet=True))))
+    work = Work(plan, tmp_path, 1, Console(quiet=True), Meter(tmp_path, Budget()), [])
+    short, middle, long = sorted((r for r in plan.runs if r.model == "fine"), key=lambda r: r.steps)
+    assert (trunk_of(work, short), trunk_of(work, middle), trunk_of(work, long)) == (None, short, middle)
+    assert job_of(work, long).start == tmp_path / "runs" / middle.id / "checkpoints" / "step-16"
+    for run in (short, middle):
+        work.folder(run).mkdir(parents=True)
+        (work.folder(run) / RESULT).write_text('{"process_seconds": 3, "seconds": 2}')
+    assert trunk_of(work, long) is None  # both are done and kept nothing
+    checkpoint_of(work, short).mkdir(parents=True)
+    assert trunk_of(work, long) == short
+    assert job_of(work, long).flops == pytest.approx(long.flops * 22 / 30)
+    drop_branched(work)
+    assert not checkpoint_of(work, short).exists()  # the middle one needs it no more
+
+
+def test_a_job_waits_for_the_checkpoint_it_begins_with_and_counts_its_own_steps(tmp_path: Path) -> None:
+    start = tmp_path / "trunk" / "checkpoints" / "step-8"
+    job = Job("branch", tmp_path / "branch", {}, seconds=6, flops=12, steps=20, began_at=8, start=start)
+    trunk = Job("trunk", tmp_path / "trunk", {}, seconds=10, flops=10, steps=10)
+    assert not job.ready
+    assert expected_seconds([trunk, job], 2) == pytest.approx(14)  # 8 for the eight steps, then 6
+    assert expected_seconds([job], 2) == 6  # nobody is to make it: as if it were there
+    said: list[str] = []
+    assert run_jobs([job], 1, Meter(tmp_path, Budget()), lambda event, left: said.append(event)) is None
+    assert job.status == "to do"
+    assert not any(said)  # left out
+    start.mkdir(parents=True)
+    assert job.ready
+    (job.folder / "metrics.jsonl").write_text('{"step": 8}\n')
+    assert job.status == "to do"
+    (job.folder / "metrics.jsonl").write_text('{"step": 8}\n{"step": 14}\n')
+    assert job.share_done == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("decay_share=1", "key 'decay_share' got 1.0, wanted a share between 0 and 1"),
+        ("decay_share=0.9", "of dense-w32-d2's 10 steps 0 would come before the decay, wanted at least train.warmup"),
+    ],
+)
+def test_a_share_that_leaves_no_room_is_refused(tmp_path: Path, change: str, said: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(STUDY)
+    result = CliRunner().invoke(app, ["study", str(file), change, "--out", str(tmp_path / "out")])
+    assert result.exit_code != 0
+    assert said in str(result.exception)
