@@ -96,8 +96,8 @@ def test_flops_of_a_step_are_the_counted_ones(name: str) -> None:
         loss.backward()
     found = account(recipe, [shape_of(kind, batch) for kind, batch in batches.items()]).step
     # The weighted sum of the experts' outputs is no matrix product, so the counter does not see it.
-    # Fillers among the experts' rows, and the last product of a block, which need not be computed again, differ.
-    close = {"grouped": 0.05, "recomputed": 0.02}.get(name, 1e-3)
+    # The kernel adds up biases' gradients by a product; the last product of a block need not be computed again.
+    close = {"grouped": 0.01, "recomputed": 0.02}.get(name, 1e-3)
     assert sum(found.forward.values()) - found.forward["dispatch"] == pytest.approx(forward, rel=close)
     seen = found.total - sum(p["dispatch"] for p in (found.forward, found.backward, found.recompute))
     assert seen == pytest.approx(count.get_total_flops(), rel=close)

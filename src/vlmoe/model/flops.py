@@ -7,8 +7,8 @@ left out.
 
 Padding costs what it really costs: attention, dense layers, shared experts and router compute padded positions too,
 routed experts take real tokens only. That is no basis for a comparison: a dense layer could leave padding out as well.
-So a comparison charges `Shape.charged`, where routed experts pay for padding like every other layer. Fillers that a
-backend adds to the experts' rows (on a CPU up to 15%) are not counted.
+So a comparison charges `Shape.charged`, where routed experts pay for padding like every other layer. Fillers that the
+backend `padded` adds to the experts' rows are not counted.
 
 Shape suffixes: D width · H hidden · E experts · M, K, N sizes of a product.
 """

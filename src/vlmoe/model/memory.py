@@ -210,7 +210,7 @@ def _attention(config: ModelConfig, shape: Shape, index: int, act: int, share: _
     row, weights = N * D, share.dense * attention_params(config)
     tokens = shape.vision_tokens(config) + shape.text
     kept, meanwhile = config.heads * N, 0  # a sum for each row of the scores, by the fused kernel
-    if act == FP32 and tokens <= SHORT:  # as on a CPU: the probabilities are kept, then theirs and the scores' gradients
+    if act == FP32 and tokens <= SHORT:  # plain products, which keep the probabilities; then come two gradients
         kept, meanwhile = config.heads * N * tokens, 2 * config.heads * N * tokens
     elif shape.text:
         kept += shape.samples * tokens  # the mask

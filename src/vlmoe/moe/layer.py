@@ -198,7 +198,7 @@ class MoELayer(nn.Module):
             mask_N,
             capacity_factor=self.capacity_factor if self.training else self.capacity_factor_eval,
             priority=self.priority,
-            slots=self.experts.slots(dtype),
+            slots=self.experts.slots(),
         )
         with torch.autocast(device, enabled=False):
             y_RD = self._serve(dispatch(x_ND.to(dtype), plan), plan, common)
