@@ -54,7 +54,7 @@ def budget(file: Path, folder: Path) -> float:
     """FLOPs for all runs but the last, counting those of three steps as 1, those of six as 2: of 7, 4.4, of which the
     broken one uses none."""
     plan, base = make_plan(load_study(str(file))), load_recipe("demo", SMALL)
-    count(plan, data_shapes(base, prepare_text_tokenizer(base, folder, Console(quiet=True))))
+    count(plan, {"": data_shapes(base, prepare_text_tokenizer(base, folder, Console(quiet=True)))})
     return 4.4 * min(run.flops for run in plan.runs)
 
 

@@ -14,8 +14,10 @@ from vlmoe.model.sizes import short
 from vlmoe.study import compare, draw, law
 from vlmoe.study.collect import CSV, PARQUET, Row, extra_columns, finished, groups, over_seeds, write_table
 from vlmoe.study.declare import StudyError
+from vlmoe.study.draw_map import draw_map
 from vlmoe.study.page import Section, to_html, to_markdown
 from vlmoe.study.plan import REPORT, undetermined
+from vlmoe.study.saturation import crossings, map_sections, saving_map, told
 from vlmoe.study.saved import BEST, saved_section, times, verdict
 from vlmoe.train.runlog import replace_text
 
@@ -38,9 +40,12 @@ def write_report(about: dict[str, Any], out: Path, console: Console | None = Non
         "frontier": compare.frontiers(rows),
         "ablation": compare.ablation(rows, about["ablation_models"], [*LOSSES, *scores]),
         "law": _law(rows, out),
+        "map": saving_map(rows),
     }
+    report["crossings"] = crossings(report["map"])
     draw.draw_frontier(rows, report["frontier"], out)
     draw.draw_saved(report["saved"], out)
+    draw_map(report["map"], out)
     write_table(rows, out)
     replace_text(out / REPORT, json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     sections = [s for s in sections_of(report, scores) if s is not None]
@@ -55,7 +60,10 @@ def write_report(about: dict[str, Any], out: Path, console: Console | None = Non
 
 
 def _law(rows: Sequence[Row], out: Path) -> dict[str, Any] | None:
-    """The law, and how it predicts runs held out of the fit; None where there are too few runs."""
+    """The law, and how it predicts runs held out of the fit; why there is none where runs are too few or of several
+    worlds."""
+    if len({compare.world_of(row) for row in rows}) > 1:
+        return {"none": "a law is of one world, and these runs are of several"}
     try:
         fitted = law.fit(rows)
     except StudyError as error:
@@ -93,6 +101,7 @@ def headline(report: dict[str, Any]) -> list[str]:
                 f"{times(best['flops_best'], BEST)} times in FLOPs, {times(best['seconds_best'], BEST)} times on the "
                 "clock."
             )
+    lines += [told(c) for c in report.get("crossings", []) if c["world"] or c["concepts"]]
     status = {s: sum(r["status"] == s for r in report["runs"]) for s in ("done", "failed", "stopped", "not run")}
     lines.append("Runs: " + ", ".join(f"{n} {s}" for s, n in status.items() if n) + ".")
     return lines
@@ -109,6 +118,7 @@ def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section |
         Section("", text),
         Section("Loss against compute, time and memory", FRONTIER_TEXT, picture=draw.FRONTIER),
         saved_section(report),
+        *map_sections(report["map"]),
         _models_section(report),
         _words_section(report),
         _texts_section(report),
@@ -210,10 +220,11 @@ def _ablation_section(report: dict[str, Any], scores: Sequence[str]) -> Section 
             _interval(difference, "loss", sign=True) if difference else "",
         ])  # fmt: skip
     first = report["ablation"][0]
+    equal = "as many steps" if report["declared"]["equal"] == "steps" else "equal FLOPs"
     text = (
-        f"Experts for neither, text, vision and both, after {first['steps']:,} steps of the dense model and equal "
-        f"FLOPs; mean and 95% interval over {len(first['seeds'])} seed{'s' * (len(first['seeds']) > 1)}, differences "
-        "paired by seed."
+        f"Experts for neither, text, vision and both, after {first['steps']:,} steps of the dense model and {equal} "
+        f"for the others; mean and 95% interval over {len(first['seeds'])} seed{'s' * (len(first['seeds']) > 1)}, "
+        "differences paired by seed."
     )
     return Section("Where the experts are: the paper's ablation", text, head, body)
 
