@@ -14,6 +14,10 @@ from typer.testing import CliRunner
 from tests.study.test_study import SMALL, invoke
 from vlmoe.cli import app
 from vlmoe.config import from_mapping, load_recipe
+from vlmoe.data.duplicates import seen_in_training
+from vlmoe.data.loader import held_out
+from vlmoe.evaluate.masked import losses
+from vlmoe.evaluate.names import name_scores
 from vlmoe.study.declare import Budget, load_study
 from vlmoe.study.grid import count, make_plan
 from vlmoe.study.measure import data_shapes
@@ -211,3 +215,23 @@ def test_the_map_is_drawn_of_what_is_done(launches: dict[str, Any]) -> None:
     assert (point["kind"], point["world"], point["steps"]) == ("fine", "few", 10)
     assert (launches["out"] / "map-fine.png").read_bytes().startswith(b"\x89PNG")
     assert "## Where sparsity pays: fine" in (launches["out"] / "study.md").read_text()
+
+
+def test_recall_and_what_was_never_shown_are_scored_apart(launches: dict[str, Any]) -> None:
+    row = rows(launches["second report"])["fine-few-30-seed0"]
+    trained = load_pretrained(launches["out"] / "runs" / row["run"])
+    recipe, count = trained.recipe, trained.recipe.eval.samples
+    assert row["val:loss"] == row["loss"]
+    apart = held_out(recipe, trained.text_tokenizer, "font", "pair", 0, count, True)
+    assert row["font:loss"] == pytest.approx(losses(trained.model, [apart])["sum"], rel=1e-5)
+    names = name_scores(trained.model, [apart], trained.text_tokenizer.mask_id)
+    assert names is not None
+    assert row["font:names"] == names["seen"]["accuracy"]
+    assert row["evaluation_seconds"] > 0
+    text = (launches["out"] / "study.md").read_text().partition("## Recall and generalisation")[2].partition("## ")[0]
+    assert "recall: known things in known drawings" in text
+    assert f"| {row['font:loss']:.3f} |" in text
+    found = launches["second report"]["duplicates"]
+    base = load_recipe("demo", [*BRANCHED, "data.world.concepts=60"])
+    assert found["many"]["splits"] == seen_in_training(base, ["val", "font"], count, 10)
+    assert "In the world many, of the held-out pairs that are scored, so many occur in training" in text

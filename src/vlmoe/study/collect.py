@@ -26,8 +26,8 @@ COLUMNS = (
     "experts", "k", "granularity", "shared", "expert_size", "placement", "layers", "expansion", "params_total",
     "params_per_token", "params_active", "seed", "steps", "began_at", "learning_rate", "expert_lr", "tokens",
     "tokens_per_parameter", "flops_per_token", "flops", "seconds", "flops_per_second", "memory_bytes",
-    "memory_predicted", "resident_bytes", "repeated", "wait_share", "status", "error", "loss", "loss_words",
-    "loss_patches", "loss_texts", "accuracy_words", "accuracy_blind",
+    "memory_predicted", "resident_bytes", "repeated", "wait_share", "evaluation_seconds", "status", "error", "loss",
+    "loss_words", "loss_patches", "loss_texts", "accuracy_words", "accuracy_blind",
 )  # fmt: skip
 WORDS = ("run", "stage", "model", "kind", "side", "twin", "world", "placement", "layers", "status", "error")
 WHOLE = ("concepts", "width", "depth", "experts", "k", "granularity", "shared", "params_total", "params_per_token",

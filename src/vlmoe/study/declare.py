@@ -102,6 +102,16 @@ class Downstream:
 
 
 @dataclass
+class Headline:
+    """The comparison that is to carry the claim, chosen before it runs. model: of the sparse ones, without its world's
+    name. world: of the study's, empty where it has none. steps: a length of the dense twin; None: its longest."""
+
+    model: str = ""
+    world: str = ""
+    steps: int | None = None
+
+
+@dataclass
 class Budget:
     """What a study may use, over all its launches. hours: on the clock. flops: of training. None: no limit."""
 
@@ -144,6 +154,7 @@ class Study:
     sweep: Sweep = field(default_factory=Sweep)
     downstream: Downstream = field(default_factory=Downstream)
     budget: Budget = field(default_factory=Budget)
+    headline: Headline | None = None
     jobs: int = 1
 
 
@@ -262,7 +273,7 @@ def _check_seeds(key: str, seeds: list[int], need: Callable[[bool, str, Any, str
 
 GROUPS: dict[str, Any] = {
     "dense": Grid, "sparse": Grid, "ablation": Grid, "sweep": Sweep, "downstream": Downstream, "budget": Budget,
-    "worlds": World,
+    "worlds": World, "headline": Headline,
 }  # fmt: skip
 
 

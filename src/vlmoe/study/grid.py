@@ -11,7 +11,7 @@ from vlmoe.config import ModalityConfig, ModelConfig, Recipe, load_recipe, to_ma
 from vlmoe.model.accounting import Account, account
 from vlmoe.model.flops import Flops, Shape
 from vlmoe.model.parameters import hidden_size
-from vlmoe.study.declare import AXES, EQUAL, Grid, Study, StudyError, World, members
+from vlmoe.study.declare import AXES, EQUAL, Grid, Headline, Study, StudyError, World, members
 
 SIDES = ("vision", "text")
 ABLATION = ("dense", "text", "vision", "both")
@@ -103,6 +103,8 @@ def make_plan(study: Study) -> Plan:
         plan.ablation = _ablation(plan, _first_world(study, study.ablation), study.ablation)
     for model in plan.models.values():
         model.twin = _twin(plan, model)
+    if study.headline is not None:
+        _check_headline(plan, study.headline)
     if study.sweep.rates:
         for side in ("dense", "sparse"):
             grid = getattr(study.sweep, side)
@@ -116,6 +118,14 @@ def make_plan(study: Study) -> Plan:
 def _first_world(study: Study, grid: Grid) -> World:
     """Of those that a grid names, or of all."""
     return next((w for w in study.worlds if w.name in (grid.worlds or [w.name])), World())
+
+
+def _check_headline(plan: Plan, headline: Headline) -> None:
+    named = [(m.kind, m.world.name) for m in plan.models.values() if m.side == "sparse"]
+    if (headline.model, headline.world) not in named:
+        known = ", ".join(f"{kind} in {world}" if world else kind for kind, world in named)
+        wanted = f"{headline.model!r} in the world {headline.world!r}"
+        raise StudyError(f"key 'headline' names {wanted}, which is no sparse model of the study: there are {known}")
 
 
 def reference_of(plan: Plan, world: World) -> Model:

@@ -15,10 +15,12 @@ from vlmoe.study import compare, draw, law
 from vlmoe.study.collect import CSV, PARQUET, Row, extra_columns, finished, groups, over_seeds, write_table
 from vlmoe.study.declare import StudyError
 from vlmoe.study.draw_map import draw_map
+from vlmoe.study.headline import HEADLINE, headline_of
 from vlmoe.study.page import Section, to_html, to_markdown
 from vlmoe.study.plan import REPORT, undetermined
 from vlmoe.study.saturation import crossings, map_sections, saving_map, told
 from vlmoe.study.saved import BEST, saved_section, times, verdict
+from vlmoe.study.scores import splits_section, texts_section, words_section
 from vlmoe.train.runlog import replace_text
 
 MARKDOWN, PAGE = "study.md", "study.html"
@@ -47,6 +49,8 @@ def write_report(about: dict[str, Any], out: Path, console: Console | None = Non
     draw.draw_saved(report["saved"], out)
     draw_map(report["map"], out)
     write_table(rows, out)
+    if report["declared"].get("headline"):
+        _write_headline(report, out)
     replace_text(out / REPORT, json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     sections = [s for s in sections_of(report, scores) if s is not None]
     title = f"{about['name']}: sparse against dense at equal compute"
@@ -57,6 +61,16 @@ def write_report(about: dict[str, Any], out: Path, console: Console | None = Non
             console.print(line, highlight=False)
         console.print(f"{out / PAGE}  ({MARKDOWN}, {CSV}, {PARQUET}, {REPORT} and pictures beside it)", highlight=False)
     return report
+
+
+def _write_headline(report: dict[str, Any], out: Path) -> None:
+    """The declared figure; none while its runs are not done."""
+    try:
+        found = headline_of(report)
+    except StudyError as error:
+        report["notes"] = [*report["notes"], str(error)]
+        return
+    replace_text(out / HEADLINE, json.dumps(_finite(found), indent=1, allow_nan=False) + "\n")
 
 
 def _law(rows: Sequence[Row], out: Path) -> dict[str, Any] | None:
@@ -120,8 +134,9 @@ def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section |
         saved_section(report),
         *map_sections(report["map"]),
         _models_section(report),
-        _words_section(report),
-        _texts_section(report),
+        splits_section(report),
+        words_section(report),
+        texts_section(report),
         _ablation_section(report, scores),
         _downstream_section(report, scores),
         _law_section(report),
@@ -174,36 +189,6 @@ def over_twin(models: dict[str, Any], name: str) -> float:
 
 def _mean(runs: Sequence[Row], measure: str) -> str:
     return f"{over_seeds(runs, measure)[0]:.3f}" if all(r.get(measure) is not None for r in runs) else "-"
-
-
-def _words_section(report: dict[str, Any]) -> Section | None:
-    """Which words are learned: equal losses can hide that a class of words is not learned by anyone."""
-    text = (
-        "Hidden words of held-out captions filled in rightly, %, with the image / without it, by class of word; "
-        "each model's longest runs, mean over seeds."
-    )
-    return _by_class(report, "Words by class", text, ("seen:", "blind:"))
-
-
-def _texts_section(report: dict[str, Any]) -> Section | None:
-    text = "Hidden words of held-out texts without pictures filled in rightly, %; as above."
-    return _by_class(report, "Words of texts by class", text, ("text:",))
-
-
-def _by_class(report: dict[str, Any], title: str, text: str, views: tuple[str, ...]) -> Section | None:
-    done = finished(report["runs"])
-    words = [c.removeprefix(views[0]) for c in extra_columns(done) if c.startswith(views[0])]
-    longest = {model: max(r["steps"] for r in runs) for model, runs in groups(done, "model").items()}
-    rows = [
-        r for r in done if r["steps"] == longest[r["model"]] and any(r.get(views[0] + w) is not None for w in words)
-    ]
-    if not rows:
-        return None
-    body = []
-    for (model, steps), runs in groups(rows, "model", "steps").items():
-        cells = [" / ".join(f"{100 * over_seeds(runs, view + word)[0]:.0f}" for view in views) for word in words]
-        body.append([model, f"{steps:,}", str(len(runs)), *cells])
-    return Section(title, text, ["model", "steps", "seeds", *words], body)
 
 
 def _ablation_section(report: dict[str, Any], scores: Sequence[str]) -> Section | None:

@@ -33,6 +33,8 @@ from vlmoe.study.work import (
     Work,
     downstream_jobs,
     drop_branched,
+    duplicates_jobs,
+    duplicates_of,
     job_of,
     measure_jobs,
     rate_of,
@@ -84,6 +86,7 @@ def study(
         show_runs(work)
         if dry_run:
             return None
+        _run(work, [*duplicates_jobs(work).values()], "looking for held-out samples in training")
         if sweep:
             _run(work, [job_of(work, r) for r in sweep], "learning rates")
             _choose_rates(work)
@@ -118,6 +121,7 @@ def _report(work: Work, earlier: dict[str, Any] | None) -> dict[str, Any]:
     }
     about = _declared(work.plan) | {
         "sweep": sweep, "notes": work.notes,
+        "duplicates": duplicates_of(work),
         "padding": _padding(work), "shapes": mean_shapes([batch for s in work.shapes.values() for batch in s]),
         "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
         "machine": machine(pick_device(base.train.device)) | {"threads": 1}, "torch": torch.__version__,

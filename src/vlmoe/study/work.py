@@ -96,6 +96,29 @@ def measure_jobs(work: Work) -> list[Job]:
     return jobs
 
 
+def duplicates_jobs(work: Work) -> dict[str, Job]:
+    """One for each world: the longest run's data under the first seed against what is held out. None where runs see no
+    pairs."""
+    jobs, seed = {}, work.plan.study.seeds[0]
+    for world, base in work.plan.bases.items():
+        steps = max((r.steps for r in work.plan.runs if work.plan.model(r).world.name == world), default=0)
+        if base.data.batch.pair and steps:
+            name = f"{world}-{steps}" if world else str(steps)
+            spec = {"kind": "duplicates", "steps": steps, "recipe": recipe_mapping(seeded(base, seed))}
+            jobs[world] = Job(f"duplicates-{name}", work.out / "duplicates" / name, spec)
+    return jobs
+
+
+def duplicates_of(work: Work) -> dict[str, Any]:
+    """What they found, by world: `splits` as of `seen_in_training`, under `seed` after `steps`."""
+    found = {}
+    for world, job in duplicates_jobs(work).items():
+        if job.done and job.spec is not None:
+            splits = {split: shares for split, shares in job.read().items() if isinstance(shares, dict)}
+            found[world] = {"seed": work.plan.study.seeds[0], "steps": job.spec["steps"], "splits": splits}
+    return found
+
+
 def rate_of(work: Work, run: Run) -> float | None:
     """A run's learning rate; None while the sweep that decides it is not done."""
     if run.rate is not None:
