@@ -54,7 +54,7 @@ def budget(file: Path, folder: Path) -> float:
     """FLOPs for all runs but the last, counting those of three steps as 1, those of six as 2: of 7, 4.4, of which the
     broken one uses none."""
     plan, base = make_plan(load_study(str(file))), load_recipe("demo", SMALL)
-    count(plan, data_shapes(base, prepare_text_tokenizer(base, folder, Console(quiet=True))))
+    count(plan, {"": data_shapes(base, prepare_text_tokenizer(base, folder, Console(quiet=True)))})
     return 4.4 * min(run.flops for run in plan.runs)
 
 
@@ -253,10 +253,10 @@ def test_tables_and_pages_hold_the_same(launches: dict[str, Any]) -> None:
     (saved,) = report["saved"]  # of the one sparse model with two lengths
     assert saved["model"] == "fine"
     assert saved["flops"]["factor"] > 0
-    for name in ("study.png", "saved.png"):
+    for name in ("study.png", "saved.png", "map-fine.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     page = (out / "study.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.replace("http-equiv", "")
     assert "<script" not in page
     for words in ("Compute saved at equal loss", "fine", "How it was counted", "router and dispatch"):

@@ -19,9 +19,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from vlmoe.config import Recipe, load_recipe
 from vlmoe.config import to_mapping as recipe_mapping
-from vlmoe.model.flops import Shape
 from vlmoe.model.sizes import short
 from vlmoe.study import extend
 from vlmoe.study.collect import Row, row_of
@@ -35,11 +33,14 @@ from vlmoe.study.work import (
     Work,
     downstream_jobs,
     drop_branched,
+    duplicates_jobs,
+    duplicates_of,
     job_of,
     measure_jobs,
     rate_of,
     text_tokenizer,
     tokenizer_jobs,
+    tokenizers,
 )
 from vlmoe.train.loop import pick_device
 from vlmoe.train.runlog import lock_run, machine, replace_text
@@ -63,19 +64,21 @@ def study(
     earlier = recount(read_report(Path(declared.extends))) if declared.extends else None  # missing: nothing is begun
     with lock_run(out):
         plan = make_plan(declared)
-        base = load_recipe(declared.recipe, declared.set)
-        shapes = data_shapes(base, text_tokenizer(base, out, declared.seeds[0], console))
+        shapes = {}
+        for world, base in plan.bases.items():
+            folder = tokenizers(out, world, declared.seeds[0])
+            shapes[world] = data_shapes(base, text_tokenizer(base, folder, declared.seeds[0], console))
         count(plan, shapes)
         if earlier is not None:
-            extend.check(earlier, _declared(plan, base))
+            extend.check(earlier, _declared(plan))
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
-        tokenizers, timed = tokenizer_jobs(work, base), measure_jobs(work, base)
+        shared, timed = tokenizer_jobs(work), measure_jobs(work)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
-        for job in [*tokenizers, *timed, *(job_of(work, r) for r in (sweep or main))]:
+        for job in [*shared, *timed, *(job_of(work, r) for r in (sweep or main))]:
             job.check()
         replace_text(out / DECLARED, OmegaConf.to_yaml(OmegaConf.create(to_mapping(declared))))
-        _run(work, tokenizers, "tokenizers")
-        for job in tokenizers:  # nothing goes without them
+        _run(work, shared, "tokenizers")
+        for job in shared:  # nothing goes without them
             if not job.done:
                 why = f"{job.read()['error']} (--retry tries again)" if job.failed else "the budget is used up"
                 raise StudyError(f"{job.id}: {why}; see {job.folder / LOG}")
@@ -83,18 +86,19 @@ def study(
         show_runs(work)
         if dry_run:
             return None
+        _run(work, [*duplicates_jobs(work).values()], "looking for held-out samples in training")
         if sweep:
             _run(work, [job_of(work, r) for r in sweep], "learning rates")
             _choose_rates(work)
         if all(rate is not None for rate in (rate_of(work, r) for r in main)):
             _run(work, [job_of(work, r) for r in main], "runs")
             _run(work, downstream_jobs(work), "downstream tasks")
-        return _report(work, base, earlier)
+        return _report(work, earlier)
 
 
-def _declared(plan: Plan, base: Recipe) -> dict[str, Any]:
-    """The part of the report that is known before anything runs."""
-    study = plan.study
+def _declared(plan: Plan) -> dict[str, Any]:
+    """The part of the report that is known before anything runs. recipe: the study's own, in its first world."""
+    study, base = plan.study, next(iter(plan.bases.values()))
     return {
         "name": study.name, "about": study.about, "declared": to_mapping(study), "base": study.recipe,
         "recipe": recipe_mapping(base), "models": {m.name: _about(m) for m in plan.models.values()},
@@ -102,11 +106,11 @@ def _declared(plan: Plan, base: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any]:
+def _report(work: Work, earlier: dict[str, Any] | None) -> dict[str, Any]:
     from vlmoe.study.report import write_report  # matplotlib is slow to import
 
     rows = rows_of(work)
-    declared = work.plan.study
+    declared, base = work.plan.study, next(iter(work.plan.bases.values()))
     sweep = {
         side: {
             "best": rate,
@@ -115,9 +119,10 @@ def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[st
         }
         for side, rate in work.rates.items()
     }
-    about = _declared(work.plan, base) | {
+    about = _declared(work.plan) | {
         "sweep": sweep, "notes": work.notes,
-        "padding": _padding(work.shapes, base), "shapes": mean_shapes(work.shapes),
+        "duplicates": duplicates_of(work),
+        "padding": _padding(work), "shapes": mean_shapes([batch for s in work.shapes.values() for batch in s]),
         "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
         "machine": machine(pick_device(base.train.device)) | {"threads": 1}, "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -130,7 +135,8 @@ def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[st
 
 def _about(model: Model) -> dict[str, Any]:
     return {
-        "side": model.side, "twin": model.twin, "settings": model.settings, "steps": model.steps, "seeds": model.seeds,
+        "side": model.side, "kind": model.kind, "world": model.world.name, "twin": model.twin,
+        "settings": model.settings, "steps": model.steps, "seeds": model.seeds,
         "model": recipe_mapping(model.recipe)["model"], "flops_per_token": model.cost.charge_per_token,
         "flops_computed_per_token": model.cost.flops_per_token,
         "memory_predicted": model.cost.memory.peak, "params_total": model.cost.sizes.params_total,
@@ -138,11 +144,10 @@ def _about(model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _padding(shapes: Sequence[Sequence[Shape]], base: Recipe) -> float:
-    """Share of the positions that are padding."""
-    flat = [s for batch in shapes for s in batch]
-    positions = sum(s.positions(base.model) for s in flat)
-    return 1 - sum(s.tokens(base.model) for s in flat) / positions
+def _padding(work: Work) -> float:
+    """Share of the positions that are padding, in all worlds."""
+    flat = [(s, work.plan.bases[world].model) for world, shapes in work.shapes.items() for b in shapes for s in b]
+    return 1 - sum(s.tokens(model) for s, model in flat) / sum(s.positions(model) for s, model in flat)
 
 
 def _run(work: Work, jobs: list[Job], what: str) -> None:

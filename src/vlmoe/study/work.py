@@ -28,20 +28,21 @@ OVERHEAD = 12.0  # seconds that a run's process takes besides training, until ru
 
 @dataclass
 class Work:
-    """A study under way. rates: side -> the sweep's best. notes: what a reader must know."""
+    """A study under way. shapes: of each world's batches. rates: side -> the sweep's best. notes: what a reader must
+    know."""
 
     plan: Plan
     out: Path
     jobs_at_a_time: int
     console: Console
     meter: Meter
-    shapes: list[list[Shape]]
+    shapes: dict[str, list[list[Shape]]]
     retry: bool = False
     rates: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def tokenizers(self, seed: int) -> Path:
-        return self.out / TOKENIZERS / f"seed-{seed}"
+    def tokenizers(self, world: str, seed: int) -> Path:
+        return tokenizers(self.out, world, seed)
 
     def folder(self, run: Run) -> Path:
         return self.out / ("sweep" if run.stage == "sweep" else "runs") / run.id
@@ -58,35 +59,64 @@ def seeded(base: Recipe, seed: int) -> Recipe:
     return recipe
 
 
-def text_tokenizer(base: Recipe, out: Path, seed: int, console: Console) -> TextTokenizer:
+def tokenizers(out: Path, world: str, seed: int) -> Path:
+    """Their folder; world: "" where the study declares none."""
+    return out / TOKENIZERS / world / f"seed-{seed}"
+
+
+def text_tokenizer(base: Recipe, folder: Path, seed: int, console: Console) -> TextTokenizer:
     """That of one seed, trained where it is not there yet."""
-    return prepare_text_tokenizer(seeded(base, seed), out / TOKENIZERS / f"seed-{seed}", console)
+    return prepare_text_tokenizer(seeded(base, seed), folder, console)
 
 
-def tokenizer_jobs(work: Work, base: Recipe) -> list[Job]:
-    """One for each seed. A recipe that names a trained visual tokenizer, or takes stored codes, is quick here."""
-    seeds = dict.fromkeys(run.seed for run in work.plan.runs)
+def tokenizer_jobs(work: Work) -> list[Job]:
+    """One for each seed and world. A recipe that names a trained visual tokenizer, or takes stored codes, is quick
+    here."""
+    needed = dict.fromkeys((work.plan.model(run).world.name, run.seed) for run in work.plan.runs)
     return [
         Job(
-            f"tokenizers-seed{seed}",
-            work.tokenizers(seed),
-            {"kind": "tokenizers", "recipe": recipe_mapping(seeded(base, seed))},
+            f"tokenizers{'-' + world if world else ''}-seed{seed}",
+            work.tokenizers(world, seed),
+            {"kind": "tokenizers", "recipe": recipe_mapping(seeded(work.plan.bases[world], seed))},
         )
-        for seed in seeds
+        for world, seed in needed
     ]
 
 
-def measure_jobs(work: Work, base: Recipe) -> list[Job]:
+def measure_jobs(work: Work) -> list[Job]:
     """Run as many at a time as the study's runs, so that they see the same company."""
     jobs = []
     seed = work.plan.study.seeds[0]
     for model in [*work.plan.models.values(), *work.plan.sweep.values()]:
         spec = {
             "kind": "measure", "steps": TIMED_STEPS, "recipe": recipe_mapping(seeded(model.recipe, seed)),
-            "tokenizers": str(work.tokenizers(seed)),
+            "tokenizers": str(work.tokenizers(model.world.name, seed)),
         }  # fmt: skip
         jobs.append(Job(model.name, work.out / "measure" / model.name, spec))
     return jobs
+
+
+def duplicates_jobs(work: Work) -> dict[str, Job]:
+    """One for each world: the longest run's data under the first seed against what is held out. None where runs see no
+    pairs."""
+    jobs, seed = {}, work.plan.study.seeds[0]
+    for world, base in work.plan.bases.items():
+        steps = max((r.steps for r in work.plan.runs if work.plan.model(r).world.name == world), default=0)
+        if base.data.batch.pair and steps:
+            name = f"{world}-{steps}" if world else str(steps)
+            spec = {"kind": "duplicates", "steps": steps, "recipe": recipe_mapping(seeded(base, seed))}
+            jobs[world] = Job(f"duplicates-{name}", work.out / "duplicates" / name, spec)
+    return jobs
+
+
+def duplicates_of(work: Work) -> dict[str, Any]:
+    """What they found, by world: `splits` as of `seen_in_training`, under `seed` after `steps`."""
+    found = {}
+    for world, job in duplicates_jobs(work).items():
+        if job.done and job.spec is not None:
+            splits = {split: shares for split, shares in job.read().items() if isinstance(shares, dict)}
+            found[world] = {"seed": work.plan.study.seeds[0], "steps": job.spec["steps"], "splits": splits}
+    return found
 
 
 def rate_of(work: Work, run: Run) -> float | None:
@@ -104,7 +134,8 @@ def job_of(work: Work, run: Run) -> Job:
     start = checkpoint_of(work, trunk) if trunk else None
     spec = None
     if rate is not None:
-        recipe = recipe_of(work.plan, run, rate, str(folder), str(work.tokenizers(run.seed)), str(start or ""))
+        shared = work.tokenizers(work.plan.model(run).world.name, run.seed)
+        recipe = recipe_of(work.plan, run, rate, str(folder), str(shared), str(start or ""))
         spec = {"kind": "train", "recipe": recipe_mapping(recipe)}
     began = began_at(folder) if run.decay_steps and begun else trunk.branching if trunk else 0
     seconds = work.measured(work.plan.model(run)).get("seconds", 0.0) * (run.steps - began) + _overhead(work)
