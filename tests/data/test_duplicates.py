@@ -14,8 +14,11 @@ from vlmoe.data.loader import HELD_OUT_SEED
 from vlmoe.data.world import World
 
 
+BASE = "demo"  # the recipe of characters
+
+
 def recipe_of(*overrides: str) -> Recipe:
-    return load_recipe("demo", ["data.batch={pair: 40, image: 0, text: 0}", *overrides])
+    return load_recipe(BASE, ["data.batch={pair: 40, image: 0, text: 0}", *overrides])
 
 
 def shares(recipe: Recipe, split: str, held_out: int, trained: int) -> dict[str, float]:

@@ -28,9 +28,10 @@ from vlmoe.train.checkpoint import steps_in
 from vlmoe.train.pretrain import prepare_text_tokenizer, pretrain
 from vlmoe.train.runlog import read_lines
 
+BASE = "demo"  # the recipe of characters
 BRANCHED = [*SMALL, "train.guard.every=2"]
 STUDY = f"""
-recipe: demo
+recipe: {BASE}
 set: {json.dumps(BRANCHED)}
 steps: [10, 20]
 decay_share: 0.2
@@ -140,7 +141,7 @@ def test_a_length_that_comes_later_goes_on_from_what_is_kept(tmp_path: Path) -> 
     file.write_text(STUDY)
     declared = load_study(str(file), ["steps=[30,10,20]"])
     plan = make_plan(declared)
-    base = load_recipe("demo", BRANCHED)
+    base = load_recipe(BASE, BRANCHED)
     shapes = data_shapes(base, prepare_text_tokenizer(base, tmp_path / "tokenizers", Console(quiet=True)))
     count(plan, {"few": shapes, "many": shapes})
     work = Work(plan, tmp_path, 1, Console(quiet=True), Meter(tmp_path, Budget()), {})
@@ -232,6 +233,6 @@ def test_recall_and_what_was_never_shown_are_scored_apart(launches: dict[str, An
     assert "recall: known things in known drawings" in text
     assert f"| {row['font:loss']:.3f} |" in text
     found = launches["second report"]["duplicates"]
-    base = load_recipe("demo", [*BRANCHED, "data.world.concepts=60"])
+    base = load_recipe(BASE, [*BRANCHED, "data.world.concepts=60"])
     assert found["many"]["splits"] == seen_in_training(base, ["val", "font"], count, 10)
     assert "In the world many, of the held-out pairs that are scored, so many occur in training" in text

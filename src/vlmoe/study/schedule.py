@@ -162,19 +162,19 @@ def run_jobs(
             if stop.number is not None or meter.left <= 0:
                 _end(running, say)
                 break
-            for job in [j for j in waiting if j.trunk and (j.trunk / FAILED).is_file()]:
-                waiting.remove(job)
-                _record_without_trunk(job)
-                say(f"{job.id}: {job.status}", [p.job for p in running] + waiting)
-            while waiting and len(running) < at_a_time:
+            while orphan := next((j for j in waiting if j.trunk and (j.trunk / FAILED).is_file()), None):
+                waiting.remove(orphan)
+                _record_without_trunk(orphan)
+                say(f"{orphan.id}: {orphan.status}", [p.job for p in running] + waiting)
+            while len(running) < at_a_time and (ready := [j for j in waiting if j.ready]):
                 busy = sum((1 - p.job.share_done) * p.job.flops for p in running)
-                fits = next((j for j in waiting if j.ready and meter.fits(j, busy)), None)
+                fits = next((j for j in ready if meter.fits(j, busy)), None)
                 if fits is None:
-                    if not running:
-                        waiting = []
                     break
                 waiting.remove(fits)
                 running.append(_start(fits))
+            if not running:  # nothing fits, or what others wait for has been left out
+                break
             time.sleep(POLL)
             for one in [p for p in running if not p.process.is_alive()]:
                 running.remove(one)
@@ -240,6 +240,7 @@ def _end(running: list[_Running], say: Callable[[str, list[Job]], None]) -> None
 def expected_seconds(jobs: Iterable[Job], at_a_time: int) -> float:
     """On the clock, for what is not done: of the jobs that can begin, the first goes to the lane that is free first."""
     lanes, waiting = [0.0] * at_a_time, [job for job in jobs if not job.done and not job.failed]
+    shares = {job.folder: job.share_done for job in waiting}
     begins: dict[Path, tuple[float, Job]] = {}  # folder -> when it begins
 
     def earliest(job: Job) -> float:
@@ -249,12 +250,12 @@ def expected_seconds(jobs: Iterable[Job], at_a_time: int) -> float:
             return float("inf") if any(job.trunk == other.folder for other in waiting) else 0.0
         at, trunk = begins[job.trunk]
         share = (job.began_at - trunk.began_at) / (trunk.steps - trunk.began_at)
-        return at + trunk.seconds * max(0.0, share - trunk.share_done)
+        return at + trunk.seconds * max(0.0, share - shares[trunk.folder])
 
     while waiting:
         lane = lanes.index(min(lanes))
         job = min(waiting, key=lambda j: max(lanes[lane], earliest(j)))
         begins[job.folder] = at, _ = max(lanes[lane], earliest(job)), job
-        lanes[lane] = at + job.seconds * (1 - job.share_done)
+        lanes[lane] = at + job.seconds * (1 - shares[job.folder])
         waiting.remove(job)
     return max(lanes)
