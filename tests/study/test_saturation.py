@@ -117,6 +117,14 @@ def test_lengths_that_are_nearly_the_same_are_one_line() -> None:
     assert [[p["tokens_per_parameter"] for p in line] for line in _alike(points)] == [[100, 104], [210], [1000]]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_map_of_one_point_that_is_a_bound_is_drawn(tmp_path: Path) -> None:
+    points = saving_map(study({100: 4.4, 200: 2.8}))[2:]
+    assert [p["flops"]["bound"] for p in points] == [AT_MOST]
+    (path,) = draw_map(points, tmp_path)
+    assert path.is_file()
+
+
 def test_the_map_is_drawn_for_one_world_and_for_several(tmp_path: Path) -> None:
     rows = study({100: 4.4, 200: 2.8}) + study({100: 3.9, 200: 2.0}, world="many", concepts=4096)
     heights = []
