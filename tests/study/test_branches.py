@@ -157,6 +157,12 @@ def test_a_length_that_comes_later_goes_on_from_what_is_kept(tmp_path: Path) -> 
     assert job_of(work, long).flops == pytest.approx(long.flops * 22 / 30)
     drop_branched(work)
     assert not checkpoint_of(work, short).exists()  # the middle one needs it no more
+    (work.folder(long) / "checkpoints" / "step-20").mkdir(parents=True)  # begun, then stopped
+    (work.folder(long) / "events.jsonl").write_text('{"event": "branched", "step": 16}\n')
+    (work.folder(long) / "metrics.jsonl").write_text('{"step": 23}\n')
+    job = job_of(work, long)
+    assert (job.began_at, job.ready, job.status, job.share_done) == (16, True, "stopped", 0.5)
+    assert job.flops == pytest.approx(long.flops * 14 / 30)
 
 
 def test_a_job_waits_for_the_checkpoint_it_begins_with_and_counts_its_own_steps(tmp_path: Path) -> None:
@@ -170,8 +176,12 @@ def test_a_job_waits_for_the_checkpoint_it_begins_with_and_counts_its_own_steps(
     assert run_jobs([job], 1, Meter(tmp_path, Budget()), lambda event, left: said.append(event)) is None
     assert job.status == "to do"
     assert not any(said)  # left out
-    start.mkdir(parents=True)
-    assert job.ready
+    assert not job.orphaned
+    trunk.folder.mkdir()
+    (trunk.folder / "failed.json").write_text('{"error": "out of memory"}')
+    assert job.orphaned
+    start.mkdir(parents=True)  # it failed after that, in its decay
+    assert job.ready and not job.orphaned
     (job.folder / "metrics.jsonl").write_text('{"step": 8}\n')
     assert job.status == "to do"
     (job.folder / "metrics.jsonl").write_text('{"step": 8}\n{"step": 14}\n')

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vlmoe.study.compare import AT_LEAST, AT_MOST, Factor, compute_saved, frontiers, summarise
+from vlmoe.study.draw import draw_frontier
 from vlmoe.study.draw_map import _alike, draw_map
 from vlmoe.study.saturation import crossing, crossings, curve_of, map_sections, saving_map, told
 
@@ -115,6 +116,23 @@ def test_worlds_are_compared_within_themselves() -> None:
 def test_lengths_that_are_nearly_the_same_are_one_line() -> None:
     points = [{"tokens_per_parameter": x} for x in (100, 1000, 104, 210)]
     assert [[p["tokens_per_parameter"] for p in line] for line in _alike(points)] == [[100, 104], [210], [1000]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_world_of_one_run_is_drawn(tmp_path: Path) -> None:
+    rows = [*study({100: 4.4, 200: 2.8}), study({}, world="many")[0]]
+    rows = [r | {"memory_bytes": 2**21} for r in rows]
+    path = draw_frontier(rows, frontiers(rows), tmp_path)
+    assert path is not None
+    assert path.is_file()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_map_of_one_point_that_is_a_bound_is_drawn(tmp_path: Path) -> None:
+    points = saving_map(study({100: 4.4, 200: 2.8}))[2:]
+    assert [p["flops"]["bound"] for p in points] == [AT_MOST]
+    (path,) = draw_map(points, tmp_path)
+    assert path.is_file()
 
 
 def test_the_map_is_drawn_for_one_world_and_for_several(tmp_path: Path) -> None:

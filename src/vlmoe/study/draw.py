@@ -92,12 +92,20 @@ def _panel(axis: Any, points: Sequence[dict[str, Any]], cost: str, styles: dict[
     axis.yaxis.set_major_locator(MaxNLocator(6))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
+    _widen(axis.set_xlim, [p[cost] * SCALE.get(cost, 1.0) for p in points])
+    _widen(axis.set_ylim, [p[end] for p in points for end in ("least", "most")])
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(float(v))))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(color=GRID, linewidth=0.7)
     axis.set_axisbelow(True)
+
+
+def _widen(set_limits: Any, values: Sequence[float]) -> None:
+    """Room around values that are nearly one: a logarithmic axis would have none."""
+    if values and max(values) < 1.02 * min(values):
+        set_limits(min(values) / 1.1, max(values) * 1.1)
 
 
 def draw_saved(saved: Sequence[dict[str, Any]], out: Path) -> Path | None:

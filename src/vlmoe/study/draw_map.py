@@ -80,7 +80,9 @@ def _row(part: Any, lines: Sequence[tuple[str, Sequence[Point]]], x: str, label:
     low, high = min(low, 0.8), max(high, 1.2 * PUBLISHED)
     axes[0].set_ylim(low, high)
     ticks = [t for t in TICKS if low <= t <= high]
-    left, right = axes[0].get_xlim()
+    values = [p[x] for _, points in lines for p in points if p[x] is not None]
+    left, right = min(values) / 1.3, max(values) * 1.3
+    axes[0].set_xlim(left, right)
     for axis in axes:
         axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axis.yaxis.set_tick_params(labelleft=True)

@@ -231,7 +231,7 @@ def show_runs(work: Work) -> None:
     """The list of runs with what each will cost, a line for each model and length, and the whole's time against the
     budget."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
-    for column in ("model", "steps", "seeds", "tokens", "FLOPs", "x dense", "memory", "each", "status"):
+    for column in ("model", "steps", "seeds", "tok/par", "FLOPs", "x dense", "memory", "each", "status"):
         table.add_column(column, justify="left" if column in ("model", "status") else "right", no_wrap=True)
     jobs = [job_of(work, run) for run in work.plan.runs]
     lines: dict[tuple[str, int], list[tuple[Run, Job]]] = {}
@@ -245,8 +245,9 @@ def show_runs(work: Work) -> None:
         ratio = f"{model.cost.charge_per_token / twin.cost.charge_per_token:.3f}" if twin else ""
         memory = work.measured(model).get("memory", model.cost.memory.peak)
         counts = Counter(job.status for _, job in members)
+        saturation = short(run.tokens / (twin or model).params_active)
         table.add_row(
-            name, f"{steps:,}", " ".join(str(r.seed) for r, _ in members), short(run.tokens), short(run.flops), ratio,
+            name, f"{steps:,}", " ".join(str(r.seed) for r, _ in members), saturation, short(run.flops), ratio,
             f"{memory / 2**20:.3g}M", duration(job.seconds), ", ".join(f"{n} {s}" for s, n in counts.items()),
         )  # fmt: skip
     work.console.print(table)

@@ -79,8 +79,13 @@ class Job:
 
     @property
     def trunk(self) -> Path | None:
-        """The folder of the run it waits for."""
-        return None if self.ready or self.start is None else self.start.parent.parent
+        """The folder of the run that it branches off."""
+        return None if self.start is None else self.start.parent.parent
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether what it waits for will never be there: it is looked for last, when the other run has ended."""
+        return self.trunk is not None and (self.trunk / FAILED).is_file() and not self.ready
 
     def read(self) -> dict[str, Any]:
         return read_json(self.folder / (RESULT if self.done else FAILED), nan=True)
@@ -162,7 +167,7 @@ def run_jobs(
             if stop.number is not None or meter.left <= 0:
                 _end(running, say)
                 break
-            while orphan := next((j for j in waiting if j.trunk and (j.trunk / FAILED).is_file()), None):
+            while orphan := next((j for j in waiting if j.orphaned), None):
                 waiting.remove(orphan)
                 _record_without_trunk(orphan)
                 say(f"{orphan.id}: {orphan.status}", [p.job for p in running] + waiting)
@@ -244,7 +249,7 @@ def expected_seconds(jobs: Iterable[Job], at_a_time: int) -> float:
     begins: dict[Path, tuple[float, Job]] = {}  # folder -> when it begins
 
     def earliest(job: Job) -> float:
-        if job.trunk is None:
+        if job.trunk is None or job.ready:
             return 0.0
         if job.trunk not in begins:
             return float("inf") if any(job.trunk == other.folder for other in waiting) else 0.0
