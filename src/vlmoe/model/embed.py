@@ -20,9 +20,9 @@ def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
 
 
-def to_unit(image_BCHW: Tensor) -> Tensor:
+def to_unit(pixels: Tensor) -> Tensor:
     """uint8 pixels to [-1, 1] in float32, as BEiT and BEiT-3 feed them."""
-    return image_BCHW.float() / 127.5 - 1.0
+    return pixels.float() / 127.5 - 1.0
 
 
 class ImageEmbedding(nn.Module):
@@ -67,7 +67,7 @@ class ImageEmbedding(nn.Module):
         if tuple(image_BCHW.shape[1:]) != expected or image_BCHW.dtype != torch.uint8:
             wanted = f"uint8 (B, {', '.join(map(str, expected))})"
             raise ValueError(f"images: got {image_BCHW.dtype} {tuple(image_BCHW.shape)}, expected {wanted}")
-        x_BPD = self.project(patchify(to_unit(image_BCHW), self.patch).to(self.project.weight.dtype))
+        x_BPD = self.project(to_unit(patchify(image_BCHW, self.patch)).to(self.project.weight.dtype))
         if mask_BP is not None:
             x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)
         first = self.class_token.to(x_BPD.dtype).expand(x_BPD.shape[0], -1, -1)

@@ -130,8 +130,8 @@ def flops(config: ModelConfig, shape: Shape, tokenizer: VisualTokenizerConfig | 
             forward["dispatch"] += dispatch
             frozen += router if side.router.type == "hash" else 0.0
     forward["heads"] = 2 * D * (config.vocabulary * shape.words + config.codes * shape.patches)
-    if shape.patches and tokenizer is not None and tokenizer.type == "vq":
-        forward["targets"] = _encode(config, tokenizer) * patches
+    if tokenizer is not None and tokenizer.type == "vq":
+        forward["targets"] = _encode(config, tokenizer) * shape.patches
     found.backward = {part: 2 * value for part, value in forward.items()}
     found.backward["embeddings"] = forward["embeddings"]  # pixels have no gradient
     found.backward["targets"] = 0.0

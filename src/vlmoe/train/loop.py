@@ -302,6 +302,9 @@ class Trainer:
         outputs: list[StepOutput] = []
         records: list[dict[str, Tensor]] = []
         load: dict[str, Tensor] = {}
+        last = number == config.steps
+        logged, looked_at = number % config.log_every == 0 or last, self.watch.due(number)
+        self.task.measuring = logged or looked_at or self.guard is None  # without it, an error lists them
         micro_batches, predictions = self._next(data)
         for i, batches in enumerate(micro_batches):
             self.watch.see(batches)
@@ -318,7 +321,7 @@ class Trainer:
             load = _sum([load, output.load])
         grad_norm = clip_gradients(self.task, config.clip)
         self.watch.count(load)
-        watched = self.watch.look(outputs) if self.watch.due(number) else {}
+        watched = self.watch.look(outputs) if looked_at else {}
         records = [record | {"grad_norm": grad_norm} for record in records]
         ok = self._admit(number, records)
         self.optimizer.step()
@@ -328,8 +331,7 @@ class Trainer:
         self.state.step = number
         self.state.micro_step += config.accumulate
         self.last_loss = torch.stack([record["loss"] for record in records]).double().mean()
-        last = number == config.steps
-        if number % config.log_every == 0 or last:
+        if logged:
             means = _mean(records)
             self._record(display, {"loss": means.pop("loss"), "lr": rate, **means})
         if load and (watched or last or number % routing_every(config) == 0):
