@@ -37,6 +37,7 @@ CASES = {
     "recomputed": [*TOP2, *EXACT, "model.recompute=true"],
     "swiglu": [*TOP2, *EXACT, "model.activation=swiglu", "model.vl_ffn=0"],
     "split, sub-LN": [*FINE, *EXACT, "model.attention=split", "model.sub_ln=true"],
+    "stem": [*TOP2, *EXACT, "model.patch_stem=conv"],
     "cosine": TOP2 + EXACT + both("router.type=cosine"),
     "hash": TOP2 + EXACT + both("router.type=hash"),
     "expert choice": TOP2 + EXACT + both("router.type=expert_choice"),

@@ -25,6 +25,7 @@ PATHS = ("dir", "init", "path", "file", "annotations", "images")  # names of the
 BEFORE = {
     "init": "",
     "init_allow_inexact": False,
+    "model.patch_stem": "linear",
     "train.patch_lr": 1.0,
     "train.schedule": "cosine",
     "train.decay_steps": 0,

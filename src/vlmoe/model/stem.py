@@ -1,0 +1,69 @@
+"""What a patch passes before its projection: nothing (linear, as in BEiT-3), or convolutions that stay within it.
+
+Shape suffixes: N patches · C channels of the picture · p pixels along a patch's edge.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmoe.config import ModelConfig
+
+CHANNELS = (32, 64)  # after each convolution
+KERNEL = 3
+
+
+def stem_sides(patch: int) -> list[int]:
+    """Pixels along a patch's edge before the first convolution and after each: halved, rounded up."""
+    sides = [patch]
+    for _ in CHANNELS:
+        sides.append(-(-sides[-1] // 2))
+    return sides
+
+
+def stem_features(config: ModelConfig) -> int:
+    """Values of one patch that the projection sees."""
+    if config.patch_stem == "linear":
+        return 3 * config.patch**2
+    return CHANNELS[-1] * stem_sides(config.patch)[-1] ** 2
+
+
+def stem_convolutions(config: ModelConfig) -> list[tuple[int, int, int]]:
+    """(values in, channels out, positions) of each convolution on one patch: a product of these sizes."""
+    if config.patch_stem == "linear":
+        return []
+    inputs = (3, *CHANNELS[:-1])
+    sides = stem_sides(config.patch)[1:]
+    return [(KERNEL**2 * i, o, side**2) for i, o, side in zip(inputs, CHANNELS, sides, strict=True)]
+
+
+class ConvStem(nn.Module):
+    """Two 3x3 convolutions of stride 2, each with a GELU (Xiao et al. 2021, "Early convolutions help transformers see
+    better"), here on each patch alone with zeros around it: nothing of a hidden patch reaches its neighbours.
+
+    A linear projection must tell shapes apart by their pixels in place; this one can look for strokes and corners.
+    """
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        inputs = (3, *CHANNELS[:-1])
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, o, KERNEL, stride=2, padding=1) for i, o in zip(inputs, CHANNELS, strict=True)
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """He et al. 2015: features keep the size of the pixels."""
+        for convolution in self.convolutions:
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # type: ignore[arg-type]
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+
+    def forward(self, patches_BPC: Tensor) -> Tensor:
+        """(B, P, 3 * p * p), as `patchify` cuts them, to (B, P, `stem_features`)."""
+        x = patches_BPC.flatten(0, 1).unflatten(1, (3, self.patch, self.patch))
+        for convolution in self.convolutions:
+            x = F.gelu(convolution(x))
+        return x.flatten(1).unflatten(0, patches_BPC.shape[:2])
