@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import torch
-
 from tests.evaluate.test_masked import MASK, batch, reader
 from vlmoe.data.batch import IGNORE
 from vlmoe.evaluate.names import hide_names, name_scores

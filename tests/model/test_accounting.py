@@ -47,7 +47,7 @@ CASES = {
 
 def recipe_of(changes: list[str], width: int = 64) -> Recipe:
     common = [f"model.width={width}", "model.heads=4", "model.depth=3", "model.max_text=24", "model.vocabulary=256"]
-    return load_recipe("demo", [*common, "data.batch={pair: 8, image: 4, text: 4}", *changes])
+    return load_recipe("characters", [*common, "data.batch={pair: 8, image: 4, text: 4}", *changes])
 
 
 def batch_of(recipe: Recipe, kind: str, samples: int, real: int = 17) -> Batch:

@@ -23,8 +23,8 @@ def evaluate_masked(
 ) -> dict[str, Any]:
     """All scores of a pre-trained model.
 
-    batches_of(split, kind): held-out batches on the model's device. mask_id: the token that stands for a hidden one. The
-    loss is that of pairs.
+    batches_of(split, kind): held-out batches on the model's device. mask_id: the token that stands for a hidden one.
+    The loss is that of pairs.
     Returns {"splits": {split: scores}, "experts": …}.
 
     Raises UserError: predictions of a split are nan or infinite.

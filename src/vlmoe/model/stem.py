@@ -5,22 +5,21 @@ Shape suffixes: N patches · C channels of the picture · p pixels along a patch
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmoe.config import ModelConfig
 
-CHANNELS = (32, 64)  # after each convolution
+CHANNELS, STRIDES = (32, 64, 64), (2, 1, 2)  # of each convolution
 KERNEL = 3
 
 
 def stem_sides(patch: int) -> list[int]:
-    """Pixels along a patch's edge before the first convolution and after each: halved, rounded up."""
-    sides = [patch]
-    for _ in CHANNELS:
-        sides.append(-(-sides[-1] // 2))
-    return sides
+    """Pixels along a patch's edge after each convolution: divided by the stride, rounded up."""
+    return [-(-patch // math.prod(STRIDES[: n + 1])) for n in range(len(STRIDES))]
 
 
 def stem_features(config: ModelConfig) -> int:
@@ -34,13 +33,12 @@ def stem_convolutions(config: ModelConfig) -> list[tuple[int, int, int]]:
     """(values in, channels out, positions) of each convolution on one patch: a product of these sizes."""
     if config.patch_stem == "linear":
         return []
-    inputs = (3, *CHANNELS[:-1])
-    sides = stem_sides(config.patch)[1:]
+    inputs, sides = (3, *CHANNELS[:-1]), stem_sides(config.patch)
     return [(KERNEL**2 * i, o, side**2) for i, o, side in zip(inputs, CHANNELS, sides, strict=True)]
 
 
 class ConvStem(nn.Module):
-    """Two 3x3 convolutions of stride 2, each with a GELU (Xiao et al. 2021, "Early convolutions help transformers see
+    """Three 3x3 convolutions, each with a GELU (after Xiao et al. 2021, "Early convolutions help transformers see
     better"), here on each patch alone with zeros around it: nothing of a hidden patch reaches its neighbours.
 
     A linear projection must tell shapes apart by their pixels in place; this one can look for strokes and corners.
@@ -51,7 +49,8 @@ class ConvStem(nn.Module):
         self.patch = patch
         inputs = (3, *CHANNELS[:-1])
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, KERNEL, stride=2, padding=1) for i, o in zip(inputs, CHANNELS, strict=True)
+            nn.Conv2d(i, o, KERNEL, stride, padding=1)
+            for i, o, stride in zip(inputs, CHANNELS, STRIDES, strict=True)
         )
 
     @torch.no_grad()
