@@ -15,6 +15,7 @@ from vlmoe.config import ModelConfig
 
 CHANNELS, STRIDES = (32, 64, 64), (2, 1, 2)  # of each convolution
 KERNEL = 3
+FAINT = 0.1  # of pixels from -1 to 1: deviations well below this are not blown up
 
 
 def stem_sides(patch: int) -> list[int]:
@@ -26,7 +27,7 @@ def stem_features(config: ModelConfig) -> int:
     """Values of one patch that the projection sees."""
     if config.patch_stem == "linear":
         return 3 * config.patch**2
-    return CHANNELS[-1] * stem_sides(config.patch)[-1] ** 2
+    return CHANNELS[-1] * stem_sides(config.patch)[-1] ** 2 + 2 * 3
 
 
 def stem_convolutions(config: ModelConfig) -> list[tuple[int, int, int]]:
@@ -41,7 +42,9 @@ class ConvStem(nn.Module):
     """Three 3x3 convolutions, each with a GELU (after Xiao et al. 2021, "Early convolutions help transformers see
     better"), here on each patch alone with zeros around it: nothing of a hidden patch reaches its neighbours.
 
-    A linear projection must tell shapes apart by their pixels in place; this one can look for strokes and corners.
+    They see what sets its pixels apart: the patch less its mean, over its deviation, colour by colour. Mean and
+    deviation go beside what they find to the projection. A linear one must tell shapes by pixels in place, and most of
+    what it sees is which colours there are; this one can look for strokes and corners in any colour.
     """
 
     def __init__(self, patch: int) -> None:
@@ -63,6 +66,10 @@ class ConvStem(nn.Module):
     def forward(self, patches_BPC: Tensor) -> Tensor:
         """(B, P, 3 * p * p), as `patchify` cuts them, to (B, P, `stem_features`)."""
         x = patches_BPC.flatten(0, 1).unflatten(1, (3, self.patch, self.patch))
+        mean = x.mean(dim=(2, 3), keepdim=True)
+        deviation = ((x - mean).square().mean(dim=(2, 3), keepdim=True) + FAINT**2).sqrt()
+        flat = torch.cat([mean, deviation], dim=1).flatten(1)
+        x = (x - mean) / deviation
         for convolution in self.convolutions:
             x = F.gelu(convolution(x))
-        return x.flatten(1).unflatten(0, patches_BPC.shape[:2])
+        return torch.cat([x.flatten(1), flat], dim=1).unflatten(0, patches_BPC.shape[:2])
