@@ -29,7 +29,7 @@ SIZES = [
 
 
 def tiny_recipe(*changes: str) -> Recipe:
-    """The recipe `characters`, shrunk: four experts in blocks 1 and 3, of which the last serves images and texts alone."""
+    """The recipe `characters`, shrunk: four experts in blocks 1 and 3; the last serves images and texts alone."""
     return load_recipe("characters", [*SIZES, "run.dir=unused", *changes])
 
 

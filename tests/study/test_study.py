@@ -330,8 +330,8 @@ class UntilItTrains(Meter):
 
 def test_at_the_end_of_the_budget_a_run_is_stopped_and_can_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    recipe = load_recipe("characters", [*SMALL, "model.vision.sparse=none", "model.text.sparse=none", "train.steps=1000000",
-                                  f"run.dir={run}"])  # fmt: skip
+    dense = ["model.vision.sparse=none", "model.text.sparse=none"]
+    recipe = load_recipe("characters", [*SMALL, *dense, "train.steps=1000000", f"run.dir={run}"])
     job = Job("endless", run, {"kind": "train", "recipe": to_mapping(recipe)}, flops=1e12, steps=1_000_000)
     said: list[str] = []
     meter = UntilItTrains(tmp_path, run / "metrics.jsonl")

@@ -52,8 +52,7 @@ class ConvStem(nn.Module):
         self.patch = patch
         inputs = (3, *CHANNELS[:-1])
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, KERNEL, stride, padding=1)
-            for i, o, stride in zip(inputs, CHANNELS, STRIDES, strict=True)
+            nn.Conv2d(i, o, KERNEL, stride, padding=1) for i, o, stride in zip(inputs, CHANNELS, STRIDES, strict=True)
         )
 
     @torch.no_grad()
