@@ -4,11 +4,11 @@
 
 Every variant pre-trains the recipe `characters` (two of eight experts a token, or what costs the same) on the same
 data in the same order. Reported on held-out pairs: loss (hidden words + hidden patches, nats), and its difference to
-the first variant's under the same seed. Over the last quarter of training, in the worst layer: largest over mean
-load, share of dropped choices, tokens no expert served, and churn, the share of a probe's tokens that changed expert in 50 steps.
-Throughput is that of training steps (forward, backward, AdamW) in tokens per second of processor time on one thread,
-all variants in turn, before the runs: so it does not depend on what else the machine does. Finished runs are not
-repeated.
+the first variant's under the same seed. Over the last quarter of training, in the worst layer: largest over mean load,
+share of dropped choices, tokens no expert served, and churn, the share of a probe's tokens that changed expert in 50
+steps. Throughput is that of training steps (forward, backward, AdamW) in tokens per second of processor time on one
+thread, all variants in turn, before the runs: so it does not depend on what else the machine does. Finished runs are
+not repeated.
 """
 
 from __future__ import annotations
