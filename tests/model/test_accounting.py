@@ -37,6 +37,7 @@ CASES = {
     "recomputed": [*TOP2, *EXACT, "model.recompute=true"],
     "swiglu": [*TOP2, *EXACT, "model.activation=swiglu", "model.vl_ffn=0"],
     "split, sub-LN": [*FINE, *EXACT, "model.attention=split", "model.sub_ln=true"],
+    "stem": [*TOP2, *EXACT, "model.patch_stem=conv"],
     "cosine": TOP2 + EXACT + both("router.type=cosine"),
     "hash": TOP2 + EXACT + both("router.type=hash"),
     "expert choice": TOP2 + EXACT + both("router.type=expert_choice"),
@@ -46,7 +47,7 @@ CASES = {
 
 def recipe_of(changes: list[str], width: int = 64) -> Recipe:
     common = [f"model.width={width}", "model.heads=4", "model.depth=3", "model.max_text=24", "model.vocabulary=256"]
-    return load_recipe("demo", [*common, "data.batch={pair: 8, image: 4, text: 4}", *changes])
+    return load_recipe("characters", [*common, "data.batch={pair: 8, image: 4, text: 4}", *changes])
 
 
 def batch_of(recipe: Recipe, kind: str, samples: int, real: int = 17) -> Batch:

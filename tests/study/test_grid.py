@@ -14,7 +14,7 @@ from vlmoe.study.schedule import Job, expected_seconds
 from vlmoe.train.pretrain import prepare_text_tokenizer
 
 TEXT = """
-recipe: demo
+recipe: characters
 set: [model.width=64, model.heads=4, model.depth=2, model.vl_ffn=0]
 steps: [100, 200]
 seeds: [0, 1]
@@ -67,7 +67,7 @@ def test_experts_are_sized_to_cost_what_a_dense_layer_costs(tmp_path: Path) -> N
 
 def test_one_choice_of_one_gate_is_not_divided_by_itself(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "sparse:\n  - {name: top1, experts: 4}\n  - {name: two, experts: 4, granularity: 2}\n")
-    assert load_recipe("demo").model.text.router.renormalize
+    assert load_recipe("characters").model.text.router.renormalize
     assert not plan.models["top1"].recipe.model.text.router.renormalize
     assert plan.models["two"].recipe.model.text.router.renormalize
 

@@ -26,6 +26,7 @@ BEFORE = {
     "init": "",
     "init_allow_inexact": False,
     "branch_from": "",
+    "model.patch_stem": "linear",
     "train.patch_lr": 1.0,
     "train.schedule": "cosine",
     "train.decay_steps": 0,
@@ -33,6 +34,7 @@ BEFORE = {
     "data.world.icons": 0,
     "data.world.facts": 0,
     "data.world.grid": 3,
+    "data.world.captions": "sentences",
 }
 
 

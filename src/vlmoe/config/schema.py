@@ -64,6 +64,7 @@ class ModelConfig:
     activation: str = "gelu"  # gelu, relu, swiglu
     image_size: int = 48  # pixels, square
     patch: int = 8  # pixels, square
+    patch_stem: str = "linear"  # what a patch passes: linear (BEiT-3), or conv, convolutions within it before that
     max_text: int = 48  # tokens, with start and end
     vocabulary: int = 2048  # rows of the text embedding
     codes: int = 256  # visual vocabulary

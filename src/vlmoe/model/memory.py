@@ -29,6 +29,7 @@ from vlmoe.model.parameters import (
     hidden_size,
     is_sparse,
 )
+from vlmoe.model.stem import stem_convolutions
 
 FP32, BF16, INT = 4, 2, 8  # bytes
 ROUTING_FLOATS = 3  # per token and expert: the logits, their probabilities, and what the z-loss keeps
@@ -197,7 +198,11 @@ def _embeddings(config: ModelConfig, shape: Shape, act: int, share: _Share) -> l
     if shape.has_image:
         patches = shape.samples * (shape.vision_tokens(config) - 1)
         saved = patches * (3 * config.patch**2 * act + 1)
-        ops.append(_Op(saved, 0, FP32 * patches * D, {"image": share.dense * image}))
+        largest = FP32 * patches * D
+        for _, channels, positions in stem_convolutions(config):  # each keeps what it gives, before and after its GELU
+            saved += 2 * act * patches * channels * positions
+            largest = max(largest, 2 * act * patches * channels * positions)
+        ops.append(_Op(saved, 0, largest, {"image": share.dense * image}))
     if shape.text:
         words = shape.samples * shape.text
         # The head's gradient of the same matrix is there already: a second one, and their sum, come beside it.
