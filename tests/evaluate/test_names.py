@@ -33,5 +33,6 @@ def test_the_name_of_the_first_thing_is_hidden_and_nothing_else() -> None:
 
 
 def test_data_that_does_not_know_its_names_has_no_score() -> None:
-    for factors in ([], [{}] * 3, [{"word_class": ["colour"] * 4}] * 3):
+    unknown: tuple[list[dict[str, list[str]]], ...] = ([], [{}] * 3, [{"word_class": ["colour"] * 4}] * 3)
+    for factors in unknown:
         assert name_scores(reader(), [replace(batch(), token_factors=factors)], MASK) is None

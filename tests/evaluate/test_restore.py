@@ -22,6 +22,9 @@ class Grey:
         assert batch.image_BCHW is not None
         return batch.image_BCHW[:, 0, ::2, ::2].flatten(1).long()
 
+    def targets(self, batch: Batch) -> Tensor:
+        return self.encode(batch).flatten()[batch.hidden_patches()]
+
     def decode(self, codes_BP: Tensor) -> Tensor:
         pixels = codes_BP.unflatten(1, (2, 2)).repeat_interleave(2, 1).repeat_interleave(2, 2)
         return pixels[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
@@ -38,8 +41,9 @@ class Counts(MaskedDataModelling):
 
 
 def model() -> Counts:
-    sizes = {"width": 8, "depth": 1, "heads": 1, "image_size": 4, "patch": 2, "max_text": 4, "vocabulary": 8}
-    config = ModelConfig(**sizes, codes=256, vl_ffn=0)
+    config = ModelConfig(
+        width=8, depth=1, heads=1, image_size=4, patch=2, max_text=4, vocabulary=8, codes=256, vl_ffn=0
+    )
     counts = Counts(config, Grey())
     counts.image_head = torch.nn.Identity()  # type: ignore[assignment]
     return counts

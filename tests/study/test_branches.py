@@ -28,7 +28,7 @@ from vlmoe.train.checkpoint import steps_in
 from vlmoe.train.pretrain import prepare_text_tokenizer, pretrain
 from vlmoe.train.runlog import read_lines
 
-BASE = "demo"  # the recipe of characters
+BASE = "characters"
 BRANCHED = [*SMALL, "train.guard.every=2"]
 STUDY = f"""
 recipe: {BASE}
