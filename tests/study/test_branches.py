@@ -16,11 +16,15 @@ from vlmoe.cli import app
 from vlmoe.config import from_mapping, load_recipe
 from vlmoe.data.duplicates import seen_in_training
 from vlmoe.data.loader import held_out
+from vlmoe.data.text_tokenizer import load_text_tokenizer
 from vlmoe.evaluate.masked import losses
 from vlmoe.evaluate.names import name_scores
-from vlmoe.study.declare import Budget, load_study
+from vlmoe.study.declare import Budget, StudyError, load_study
+from vlmoe.study.extend import check
 from vlmoe.study.grid import count, make_plan
 from vlmoe.study.measure import data_shapes
+from vlmoe.study.plan import read_report
+from vlmoe.study.run import declared_part
 from vlmoe.study.schedule import RESULT, Job, Meter, expected_seconds, run_jobs
 from vlmoe.study.work import Work, checkpoint_of, drop_branched, job_of, trunk_of
 from vlmoe.tasks.export import load_pretrained
@@ -246,3 +250,22 @@ def test_recall_and_what_was_never_shown_are_scored_apart(launches: dict[str, An
     base = load_recipe(BASE, [*BRANCHED, "data.world.concepts=60"])
     assert found["many"]["splits"] == seen_in_training(base, ["val", "font"], count, 10)
     assert "In the world many, of the held-out pairs that are scored, so many occur in training" in text
+
+
+def test_a_study_that_goes_on_has_the_same_worlds_and_schedule(launches: dict[str, Any]) -> None:
+    """Worlds of its own it may have; those of the same name must be the same."""
+    out = launches["out"]
+    earlier = read_report(out)
+
+    def checked(*overrides: str) -> None:
+        plan = make_plan(load_study(str(launches["file"]), ["steps=[40]", f"extends={out}", *overrides]))
+        shapes = data_shapes(next(iter(plan.bases.values())), load_text_tokenizer(out / "tokenizers/few/seed-0"))
+        count(plan, dict.fromkeys(plan.bases, shapes))
+        check(earlier, declared_part(plan))
+
+    checked()
+    checked("worlds.1.name=another", "worlds.1.set=[data.world.concepts=70]")
+    with pytest.raises(StudyError, match=r"recipe of many, key 'data\.world\.concepts' is 60 there and 70 here"):
+        checked("worlds.1.set=[data.world.concepts=70]")
+    with pytest.raises(StudyError, match=r"key 'decay_share' is 0\.2 there and 0\.3 here"):
+        checked("decay_share=0.3")

@@ -14,7 +14,7 @@ from vlmoe.model.sizes import short
 from vlmoe.study.collect import groups
 from vlmoe.study.compare import AT_MOST
 from vlmoe.study.draw import GRID, INK, STYLE
-from vlmoe.study.saturation import PUBLISHED, Point, curve_of, picture_of
+from vlmoe.study.saturation import PUBLISHED, Point, curve_of, per_parameter, picture_of
 
 COSTS = {"flops": "FLOPs saved, times", "seconds": "wall clock saved, times"}
 MARKERS = "os^Dv<>Ph*"
@@ -38,7 +38,10 @@ def _draw(points: Sequence[Point], path: Path) -> Path:
         lines = [(_world_label(mine[0]), mine) for _, mine in worlds]
         _row(parts[0], lines, "tokens_per_parameter", "tokens of training per parameter of the dense model")
         if by_bits:
-            lines = [(f"{mine[0]['tokens_per_parameter']:,.0f} tokens per parameter", mine) for mine in _alike(points)]
+            lines = [
+                (f"{per_parameter(mine[0]['tokens_per_parameter'])} tokens per parameter", mine)
+                for mine in _alike(points)
+            ]
             label = "bits to know, over bits that the dense model can hold (2 per parameter)"
             _row(parts[1], lines, "bits_ratio", label)
         figure.savefig(path, dpi=130)

@@ -70,7 +70,7 @@ def study(
             shapes[world] = data_shapes(base, text_tokenizer(base, folder, declared.seeds[0], console))
         count(plan, shapes)
         if earlier is not None:
-            extend.check(earlier, _declared(plan))
+            extend.check(earlier, declared_part(plan))
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
         shared, timed = tokenizer_jobs(work), measure_jobs(work)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
@@ -96,12 +96,13 @@ def study(
         return _report(work, earlier)
 
 
-def _declared(plan: Plan) -> dict[str, Any]:
+def declared_part(plan: Plan) -> dict[str, Any]:
     """The part of the report that is known before anything runs. recipe: the study's own, in its first world."""
     study, base = plan.study, next(iter(plan.bases.values()))
     return {
         "name": study.name, "about": study.about, "declared": to_mapping(study), "base": study.recipe,
         "recipe": recipe_mapping(base), "models": {m.name: _about(m) for m in plan.models.values()},
+        "recipes": {world: recipe_mapping(recipe) for world, recipe in plan.bases.items()},
         "ablation_models": plan.ablation,
     }  # fmt: skip
 
@@ -119,7 +120,7 @@ def _report(work: Work, earlier: dict[str, Any] | None) -> dict[str, Any]:
         }
         for side, rate in work.rates.items()
     }
-    about = _declared(work.plan) | {
+    about = declared_part(work.plan) | {
         "sweep": sweep, "notes": work.notes,
         "duplicates": duplicates_of(work),
         "padding": _padding(work), "shapes": mean_shapes([batch for s in work.shapes.values() for batch in s]),

@@ -90,6 +90,11 @@ def crossings(points: Sequence[Point]) -> list[dict[str, Any]]:
     return found
 
 
+def per_parameter(tokens: float) -> str:
+    """0.4, 1,340"""
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.2g}"
+
+
 def picture_of(kind: str) -> str:
     return f"map-{kind}.png"
 
@@ -112,8 +117,9 @@ def map_sections(points: Sequence[Point]) -> list[Section]:
         head = ["world", "concepts", "tokens per parameter", "steps", "bits needed / held", "loss of dense", "FLOPs",
                 "FLOPs by seed", "wall clock"]  # fmt: skip
         body = [
-            [p["world"] or "-", f"{p['concepts']:,}" if p["concepts"] else "-", f"{p['tokens_per_parameter']:,.0f}",
-             f"{p['steps']:,}", f"{p['bits_ratio']:.2g}" if p["bits_ratio"] else "-", f"{p['loss']:.3f}",
+            [p["world"] or "-", f"{p['concepts']:,}" if p["concepts"] else "-",
+             per_parameter(p["tokens_per_parameter"]), f"{p['steps']:,}",
+             f"{p['bits_ratio']:.2g}" if p["bits_ratio"] else "-", f"{p['loss']:.3f}",
              times(p["flops"]), by_seed(p["flops"]), times(p["seconds"])]
             for p in mine
         ]  # fmt: skip
@@ -132,4 +138,4 @@ def told(found: dict[str, Any]) -> str:
     if at is None:
         return f"{found['kind']}{where} never {what}."
     since = "from its first length on, " if found["from_the_first"] else "at "
-    return f"{found['kind']}{where} {what} {since}{at:,.0f} tokens per parameter."
+    return f"{found['kind']}{where} {what} {since}{per_parameter(at)} tokens per parameter."
