@@ -31,8 +31,8 @@ class Entailment:
         self.attributes = [a for a in ATTRIBUTES if len(self.values[a]) > 1]
         if len(self.attributes) < 2:
             raise RecipeError(
-                f"key 'data.world.colours' got {config.colours}, wanted at least 2 for nli where grid is {config.grid}: "
-                "its things differ in their size alone"
+                f"key 'data.world.colours' got {config.colours}, wanted at least 2 for nli where grid is "
+                f"{config.grid}: its things differ in their size alone"
             )
         self.wording = "mismatched" if split == "mismatched" else "matched"
         self.languages = languages_of(config.languages)
