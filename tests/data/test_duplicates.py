@@ -13,7 +13,7 @@ from vlmoe.data.duplicates import seen_in_training
 from vlmoe.data.loader import HELD_OUT_SEED
 from vlmoe.data.world import World
 
-BASE = "demo"  # the recipe of characters
+BASE = "characters"
 
 
 def recipe_of(*overrides: str) -> Recipe:
