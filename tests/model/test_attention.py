@@ -24,7 +24,8 @@ def test_products_are_the_kernel(mask: torch.Tensor | None) -> None:
     qkv = (3 * torch.randn(3, B, H, T, A, dtype=torch.float64)).requires_grad_()
     grad = torch.randn(B, H, T, A, dtype=torch.float64)
     found = []
-    for y in (_by_products(qkv, mask), F.scaled_dot_product_attention(*qkv, attn_mask=mask)):
+    q, k, v = qkv
+    for y in (_by_products(qkv, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)):
         y.backward(grad)
         assert qkv.grad is not None
         found.append((y.detach(), qkv.grad.clone()))
