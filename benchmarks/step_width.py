@@ -33,7 +33,7 @@ STUDY, DENSE = "world", "dense"
 
 def recipes(widths: list[int], models: list[str], device: str) -> dict[int, dict[str, Recipe]]:
     """width -> model -> recipe; the dense one first."""
-    # Narrow models' routers are a larger share of their FLOPs than the study allows; here the ratio is reported instead.
+    # Routers are a larger share of a narrow model than the study allows; here the ratio of FLOPs is reported.
     study = load_study(STUDY, ["sweep.rates=[]", "downstream.tasks=[]", "reference=''", "tolerance=10"])
     named = {grid.name: grid for grid in study.sparse}
     unknown = [name for name in models if name not in named]
