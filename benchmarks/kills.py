@@ -52,7 +52,7 @@ def launch(folder: Path, workers: int) -> int:
         with open(folder.with_suffix(".log"), "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        result = pretrain(load_recipe("demo", [*TINY, f"data.workers={workers}", f"run.dir={folder}"]))
+        result = pretrain(load_recipe("characters", [*TINY, f"data.workers={workers}", f"run.dir={folder}"]))
         code = 128 + result.stopped_by if result.stopped_by else 0
     except KeyboardInterrupt:  # outside the loop
         code = 128 + signal.SIGINT

@@ -124,10 +124,10 @@ def against_dense(shape: tuple[int, int, int, int], load: str, repeats: int, dev
 
 
 def against_mixtral(shape: tuple[int, int, int, int], repeats: int, device: str) -> dict[str, Any]:
-    """Our SwiGLU layer without biases and with renormalised gates: what the Mixtral block computes."""
+    """Our SwiGLU layer without biases: what the Mixtral block computes, but that it divides its one gate by itself."""
     experts, tokens, width, hidden = shape
     torch.manual_seed(0)
-    ours = MoELayer(width, hidden, experts, activation="swiglu", bias=False, renormalize=True).to(device)
+    ours = MoELayer(width, hidden, experts, activation="swiglu", bias=False).to(device)
     x = steer(ours.router.weight, tokens, "balanced")
     steps = {"ours": training_step(ours, x)}
     for name, block in mixtral_blocks(experts, width, hidden, device).items():

@@ -106,7 +106,7 @@ def ratio(times: dict[str, list[tuple[float, float]]], which: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--recipe", default="characters")
     parser.add_argument("--run", type=Path, help="a trained run's folder, in the place of a model with random weights")
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--size", type=int, default=64, help="pairs in a batch")

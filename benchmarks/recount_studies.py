@@ -22,7 +22,7 @@ from vlmoe.study.report import MARKDOWN, headline, write_report
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = re.compile(r"!\[(.*)\]\((.*)\)")
-ANALYSES = ("saved", "frontier", "ablation", "law")
+ANALYSES = ("saved", "frontier", "ablation", "law", "map", "crossings")
 
 
 def rewrite(folder: Path, console: Console) -> None:

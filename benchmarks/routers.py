@@ -2,13 +2,13 @@
 
     python benchmarks/routers.py --seeds 0 1 2 --jobs 2 --json benchmarks/results/routers.json
 
-Every variant pre-trains the recipe `demo` (two of eight experts a token, or what costs the same) on the same data in
-the same order. Reported on held-out pairs: loss (hidden words + hidden patches, nats), and its difference to the first
-variant's under the same seed. Over the last quarter of training, in the worst layer: largest over mean load, share of
-dropped choices, tokens no expert served, and churn, the share of a probe's tokens that changed expert in 50 steps.
-Throughput is that of training steps (forward, backward, AdamW) in tokens per second of processor time on one thread,
-all variants in turn, before the runs: so it does not depend on what else the machine does. Finished runs are not
-repeated.
+Every variant pre-trains the recipe `characters` (two of eight experts a token, or what costs the same) on the same
+data in the same order. Reported on held-out pairs: loss (hidden words + hidden patches, nats), and its difference to
+the first variant's under the same seed. Over the last quarter of training, in the worst layer: largest over mean load,
+share of dropped choices, tokens no expert served, and churn, the share of a probe's tokens that changed expert in 50
+steps. Throughput is that of training steps (forward, backward, AdamW) in tokens per second of processor time on one
+thread, all variants in turn, before the runs: so it does not depend on what else the machine does. Finished runs are
+not repeated.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def speeds(recipe_name: str, variants: list[str], repeats: int = 5, steps: int =
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--recipe", default="characters")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))

@@ -1,6 +1,6 @@
 """What experts specialise in, and whether they are its cause: several runs of one recipe, one for each seed.
 
-    python benchmarks/specialisation.py runs/demo-0 runs/demo-1 runs/demo-2 --json results/specialisation.json
+    python benchmarks/specialisation.py runs/characters-[012] --json results/specialisation.json
 
 Of each run: its findings on held-out data (`vlmoe.interpret.findings.find_run`, every expert taken away in turn, tokens
 going to the next best). Printed: for each layer, modality and factor the mutual information of a token's first expert

@@ -3,9 +3,9 @@
     python benchmarks/visual_codes.py --json benchmarks/results/visual_codes.json
 
 Trains the tokenizer of a recipe as `vlmoe pretrain` does, once for each seed, and looks at held-out images. A patch of
-one colour is "plain"; in the demo's world four of five are, so that figures over all patches say little about the rest,
-the "figures". Leave one part out with `--without whitening` or `--without scatter`; results are joined to the file by
-label.
+one colour is "plain"; in the world of `characters` four of five are, so that figures over all patches say little about
+the rest, the "figures". Leave one part out with `--without whitening` or `--without scatter`; results are joined to
+the file by label.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def leave_out(part: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--recipe", default="characters")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--without", choices=["whitening", "scatter"])
     parser.add_argument("--label", help="of these rows; default: what is left out")

@@ -34,7 +34,8 @@ TINY = [
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    invoke("pretrain", "demo", f"run.dir={folder}", *OVERRIDES, "train.steps=2", "eval.samples=16", "eval.pictures=2")
+    short = ["train.steps=2", "eval.samples=16", "eval.pictures=2"]
+    invoke("pretrain", "characters", f"run.dir={folder}", *OVERRIDES, *short)
     return folder
 
 

@@ -50,6 +50,8 @@ def test_codes_belong_to_their_patch(trained: tuple[VQTokenizer, dict[str, float
     moved = tokenizer.encode(Batch(image_BCHW=changed)) != codes
     assert moved[:, 3].float().mean() > 0.9  # the patch that changed
     assert not moved[:, :3].any()  # its neighbours
+    hidden = torch.rand(64, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert torch.equal(tokenizer.targets(Batch(image_BCHW=images, patch_mask_BP=hidden)), codes[hidden])
 
 
 def assert_same_codes(tokenizer: VQTokenizer, images: Tensor, expected: Tensor) -> None:

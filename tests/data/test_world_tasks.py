@@ -363,3 +363,10 @@ def test_premises_name_icons_in_their_language() -> None:
         assert e.text_pair.startswith("das Piktogramm ")
         assert "ein" in e.text and "Piktogramm" in e.text
     assert task_splits("vqa", ICONS) == ("train", "val", "attributes", "drawing")
+
+
+def test_entailment_needs_things_that_differ_in_more_than_their_size() -> None:
+    world = WorldConfig(concepts=20, colours=1, grid=1, max_objects=1)
+    with pytest.raises(RecipeError, match=r"data\.world\.colours' got 1, wanted at least 2 for nli where grid is 1"):
+        WorldExamples("nli", world, "train")
+    assert WorldExamples("nli", replace(world, colours=2), "train")[0].text

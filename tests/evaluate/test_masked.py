@@ -10,7 +10,8 @@ from torch import Tensor
 from vlmoe.config import ModelConfig
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.visual_tokenizer import StoredCodes
-from vlmoe.evaluate.masked import Tally, evaluate_masked, expert_use, fill_in, image_scores, text_scores, words_right
+from vlmoe.evaluate.masked import Tally, expert_use, fill_in, image_scores, text_scores, words_right
+from vlmoe.evaluate.pretrained import evaluate_masked
 from vlmoe.model import BackboneOutput, Segment
 from vlmoe.tasks.pretrain import MaskedDataModelling
 
@@ -132,7 +133,7 @@ def test_scores_do_not_depend_on_the_batch_size_and_training_mode_comes_back() -
 
         return get
 
-    one, three = (evaluate_masked(model, batches_of(s), ["val", "font"], ["pair"]) for s in (1, 3))
+    one, three = (evaluate_masked(model, batches_of(s), ["val", "font"], ["pair"], MASK) for s in (1, 3))
     assert one["experts"] == three["experts"]
     for split in ("val", "font"):
         a, b = one["splits"][split], three["splits"][split]

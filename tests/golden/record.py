@@ -36,8 +36,8 @@ OVERRIDES = [
 
 
 def run(folder: Path) -> list[dict[str, float]]:
-    """The demo's recipe, shrunk, for 30 steps: the recorded metrics of each step."""
-    pretrain(load_recipe("demo", [*OVERRIDES, f"run.dir={folder}"]))
+    """The recipe `characters`, shrunk, for 30 steps: the recorded metrics of each step."""
+    pretrain(load_recipe("characters", [*OVERRIDES, f"run.dir={folder}"]))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in ("step", *KEYS)} for line in lines]
 

@@ -29,8 +29,8 @@ SIZES = [
 
 
 def tiny_recipe(*changes: str) -> Recipe:
-    """The demo's recipe, shrunk: four experts in blocks 1 and 3, of which the last serves images and texts alone."""
-    return load_recipe("demo", [*SIZES, "run.dir=unused", *changes])
+    """The recipe `characters`, shrunk: four experts in blocks 1 and 3; the last serves images and texts alone."""
+    return load_recipe("characters", [*SIZES, "run.dir=unused", *changes])
 
 
 _words: dict[str, TextTokenizer] = {}

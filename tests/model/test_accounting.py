@@ -37,6 +37,7 @@ CASES = {
     "recomputed": [*TOP2, *EXACT, "model.recompute=true"],
     "swiglu": [*TOP2, *EXACT, "model.activation=swiglu", "model.vl_ffn=0"],
     "split, sub-LN": [*FINE, *EXACT, "model.attention=split", "model.sub_ln=true"],
+    "stem": [*TOP2, *EXACT, "model.patch_stem=conv"],
     "cosine": TOP2 + EXACT + both("router.type=cosine"),
     "hash": TOP2 + EXACT + both("router.type=hash"),
     "expert choice": TOP2 + EXACT + both("router.type=expert_choice"),
@@ -46,7 +47,7 @@ CASES = {
 
 def recipe_of(changes: list[str], width: int = 64) -> Recipe:
     common = [f"model.width={width}", "model.heads=4", "model.depth=3", "model.max_text=24", "model.vocabulary=256"]
-    return load_recipe("demo", [*common, "data.batch={pair: 8, image: 4, text: 4}", *changes])
+    return load_recipe("characters", [*common, "data.batch={pair: 8, image: 4, text: 4}", *changes])
 
 
 def batch_of(recipe: Recipe, kind: str, samples: int, real: int = 17) -> Batch:
@@ -96,8 +97,8 @@ def test_flops_of_a_step_are_the_counted_ones(name: str) -> None:
         loss.backward()
     found = account(recipe, [shape_of(kind, batch) for kind, batch in batches.items()]).step
     # The weighted sum of the experts' outputs is no matrix product, so the counter does not see it.
-    # Fillers among the experts' rows, and the last product of a block, which need not be computed again, differ.
-    close = {"grouped": 0.05, "recomputed": 0.02}.get(name, 1e-3)
+    # The kernel adds up biases' gradients by a product; the last product of a block need not be computed again.
+    close = {"grouped": 0.01, "recomputed": 0.02}.get(name, 1e-3)
     assert sum(found.forward.values()) - found.forward["dispatch"] == pytest.approx(forward, rel=close)
     seen = found.total - sum(p["dispatch"] for p in (found.forward, found.backward, found.recompute))
     assert seen == pytest.approx(count.get_total_flops(), rel=close)

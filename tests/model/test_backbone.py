@@ -182,3 +182,27 @@ def test_routing_that_looks_ahead_cannot_write(router: str) -> None:
     backbone = Backbone(config)
     with pytest.raises(UserError, match=f"'model.text.router.type' is {router}: its routing looks at later tokens"):
         backbone([backbone.image(image()), backbone.text(text())], causal="text")
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_nothing_of_a_patch_reaches_another_before_the_blocks(stem: str) -> None:
+    """A hidden patch may hold anything, and a visible one changes its own token alone."""
+    backbone = Backbone(small(patch_stem=stem))
+    one = image(1)
+    other = one.clone()
+    other[..., :8, 8:] = 255 - other[..., :8, 8:]  # the second of four patches
+    shown = backbone.image(torch.cat([one, other])).x_BTD[:, 1:]
+    assert (shown[0] != shown[1]).any(dim=1).tolist() == [False, True, False, False]
+    hidden = backbone.image(torch.cat([one, other]), torch.tensor([[False, True, False, False]] * 2)).x_BTD
+    assert torch.equal(hidden[0], hidden[1])
+
+
+def test_a_stem_sees_shapes_that_no_single_pixel_tells() -> None:
+    """The projection of a patch is linear, so it takes the mean of two patches to the mean of what they give."""
+    both = image(2)
+    both[1] = 255 - both[0]
+    mean = torch.full_like(both[:1], 127)  # within a two hundred and fifty-fifth
+    for stem, linear in (("linear", True), ("conv", False)):
+        backbone = Backbone(small(patch_stem=stem))
+        a, b, m = backbone.image(torch.cat([both, mean])).x_BTD[:, 1:]
+        assert torch.allclose((a + b) / 2, m, atol=0.05) == linear

@@ -52,6 +52,7 @@ CONFIGS = {
     "all fused": sparse(small(vl_ffn=4)),
     "fine-grained and shared": sparse(small(vl_ffn=0), k=2),
     "in common": sparse(small(common_experts=2, vl_ffn=1), vision="all", k=2),
+    "stem": small(patch_stem="conv"),
     "cosine and soft": sparse(small(vl_ffn=1)),
 }
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmoe.moe.backends import similar_loads
 from vlmoe.moe.dispatch import combine, dispatch, plan_dispatch
 from vlmoe.moe.routing import Routing, route
 
@@ -173,13 +172,3 @@ def test_gradients_of_dispatch_and_combine(k: int, factor: float | None, fillers
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     gate = routing.gate_NK.clone().requires_grad_()
     assert torch.autograd.gradcheck(there_and_back, (x, gate))
-
-
-@given(need=st.lists(st.integers(0, 50), min_size=1, max_size=40))
-@settings(max_examples=100, deadline=None)
-def test_runs_of_similar_load(need: list[int]) -> None:
-    runs = similar_loads(need, waste=0.1)
-    assert [e for first, last, _ in runs for e in range(first, last)] == list(range(len(need)))
-    for first, last, slots in runs:
-        assert slots == max(need[first:last])
-        assert slots * (last - first) <= 1.1 * sum(need[first:last]) + 1e-9

@@ -14,7 +14,7 @@ from vlmoe.study.schedule import Job, expected_seconds
 from vlmoe.train.pretrain import prepare_text_tokenizer
 
 TEXT = """
-recipe: demo
+recipe: characters
 set: [model.width=64, model.heads=4, model.depth=2, model.vl_ffn=0]
 steps: [100, 200]
 seeds: [0, 1]
@@ -28,7 +28,7 @@ def plan_of(tmp_path: Path, more: str = "", *overrides: str) -> Plan:
     file = tmp_path / "mine.yaml"
     file.write_text(TEXT + more)
     plan = make_plan(load_study(str(file), list(overrides)))
-    count(plan, BATCHES)
+    count(plan, {"": BATCHES})
     return plan
 
 
@@ -67,7 +67,7 @@ def test_experts_are_sized_to_cost_what_a_dense_layer_costs(tmp_path: Path) -> N
 
 def test_one_choice_of_one_gate_is_not_divided_by_itself(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "sparse:\n  - {name: top1, experts: 4}\n  - {name: two, experts: 4, granularity: 2}\n")
-    assert load_recipe("demo").model.text.router.renormalize
+    assert load_recipe("characters").model.text.router.renormalize
     assert not plan.models["top1"].recipe.model.text.router.renormalize
     assert plan.models["two"].recipe.model.text.router.renormalize
 
@@ -181,7 +181,7 @@ def test_packaged_studies_are_equal_in_compute(name: str, tmp_path: Path) -> Non
     declared = load_study(name)
     plan, base = make_plan(declared), load_recipe(declared.recipe, declared.set)
     tokenizer = prepare_text_tokenizer(base, tmp_path, Console(quiet=True))
-    count(plan, data_shapes(base, tokenizer, 8))  # padding as the data has it, for experts skip it
+    count(plan, {"": data_shapes(base, tokenizer, 8)})  # padding as the data has it, for experts skip it
     assert plan.runs
     assert plan.study.budget.hours
     assert declared.extends in {"", *(f"runs/study-{other}" for other in study_names())}  # where `vlmoe study` puts it
@@ -191,3 +191,90 @@ def test_expected_time_fills_the_lanes(tmp_path: Path) -> None:
     jobs = [Job(str(s), tmp_path / str(s), {}, seconds=s) for s in (4.0, 3.0, 2.0, 1.0)]
     assert expected_seconds(jobs, 1) == 10
     assert expected_seconds(jobs, 2) == 5
+
+
+WORLDS = """
+worlds:
+  - {name: few, concepts: 20, set: [data.world.concepts=20]}
+  - {name: many, concepts: 60, bits: 500, set: [data.world.concepts=60, model.vocabulary=1024]}
+sparse:
+  - {name: fine, experts: 4, granularity: 2, shared: 2, layers: all}
+  - {name: many-only, experts: 8, layers: all, worlds: [many]}
+ablation: {name: top1, experts: 4, layers: all, worlds: [many]}
+sweep: {rates: [1e-3, 2e-3], steps: 50, dense: {width: 64, worlds: [many]}, sparse: {experts: 4, layers: all}}
+tolerance: 0.1
+"""
+
+
+def plan_of_worlds(tmp_path: Path, *overrides: str) -> Plan:
+    file = tmp_path / "mine.yaml"
+    file.write_text(TEXT + WORLDS)
+    plan = make_plan(load_study(str(file), list(overrides)))
+    count(plan, {"few": BATCHES, "many": BATCHES[:1]})
+    return plan
+
+
+def test_everything_is_done_in_each_world(tmp_path: Path) -> None:
+    plan = plan_of_worlds(tmp_path)
+    assert list(plan.models)[:3] == ["dense-w64-d2-few", "dense-w96-d2-few", "fine-few"]
+    assert "many-only-many" in plan.models and "many-only-few" not in plan.models
+    for name in ("fine-few", "fine-many"):
+        world = name.rpartition("-")[2]
+        assert plan.models[name].twin == f"dense-w64-d2-{world}"
+        assert plan.models[name].recipe.data.world.concepts == {"few": 20, "many": 60}[world]
+    assert plan.models["fine-many"].recipe.model.vocabulary == 1024
+    assert plan.models["fine-few"].world.bits_needed == pytest.approx(20 * 4.32193, rel=1e-4)
+    assert plan.models["fine-many"].world.bits_needed == 500
+    assert plan.ablation["both"] == "top1-both-many"
+    assert plan.sweep["sparse"].recipe.data.world.concepts == 60
+    assert len({run.id for run in plan.runs}) == len(plan.runs)
+    few, many = (plan.models[f"dense-w64-d2-{w}"].cost.tokens for w in ("few", "many"))
+    assert few != many  # each by its own data
+
+
+def test_lengths_may_be_tokens_per_parameter_of_the_dense_model(tmp_path: Path) -> None:
+    plan = plan_of_worlds(tmp_path, "steps=[]", "tokens_per_parameter=[2, 5]", "sparse.1.steps=[7]")
+    for name in ("dense-w96-d2-few", "fine-many"):
+        model = plan.models[name]
+        twin = plan.models[model.twin]
+        sizes = twin.cost.sizes
+        params = sizes.params_per_token - sizes.params_by_part["embeddings"]
+        built = sizes.params_total - sizes.params_by_part["embeddings"]
+        assert params == built  # of a dense model all are used
+        assert model.steps == [round(ratio * params / model.cost.tokens) for ratio in (2, 5)]
+    assert plan.models["many-only-many"].steps == [7]
+    assert plan.models["fine-few"].steps == plan.models["dense-w64-d2-few"].steps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["tokens_per_parameter=[2]"], "key 'steps' got"),
+        (["steps=[]"], "or else tokens_per_parameter"),
+        (["sparse.0.worlds=[none]"], r"key 'sparse\[0\].worlds' got \['none'\], wanted names of the study's worlds"),
+        (["worlds.0.name=a/b"], "key 'worlds' got"),
+        (["worlds.0.name=many"], "a different name for each"),
+        (["worlds.0.concepts=0"], r"key 'worlds\[0\].concepts' got 0"),
+        (["worlds.0.icons=5"], r"unknown key 'worlds\[0\].icons'"),
+        (["dense.0.tokens_per_parameter=[-1]"], r"key 'dense\[0\].tokens_per_parameter' got"),
+        (["equal=total", "reference=dense-w80-d2"], "in the world 'few': dense-w64-d2, dense-w96-d2"),
+    ],
+)
+def test_worlds_and_lengths_that_cannot_be_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(StudyError, match=said):
+        plan_of_worlds(tmp_path, *overrides)
+
+
+def test_pairs_that_are_not_equal_are_charged_what_they_cost_where_the_study_says_so(tmp_path: Path) -> None:
+    dear = "sparse:\n  - {name: wide-router, experts: 64, shared: 1, layers: all}\n"
+    with pytest.raises(StudyError, match="or equal=steps, with which what each costs is charged"):
+        plan_of(tmp_path, dear)
+    plan = plan_of(tmp_path, dear, "equal=steps")
+    runs = {run.model: run for run in plan.runs if run.steps == 200}
+    ratio = runs["wide-router"].flops / runs["dense-w64-d2"].flops
+    assert ratio > 1.05
+    router = plan.models["wide-router"].cost.charge.forward["router"]
+    assert router > 0
+    assert ratio == pytest.approx(
+        plan.models["wide-router"].cost.charge.total / plan.models["dense-w64-d2"].cost.charge.total
+    )

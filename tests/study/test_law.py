@@ -54,11 +54,11 @@ SHAPES = [
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    recipe = load_recipe("demo", [*BASE, "model.vision.sparse=all", "model.text.sparse=all"])
+    recipe = load_recipe("characters", [*BASE, "model.vision.sparse=all", "model.text.sparse=all"])
     models = {r["model"]: {"model": to_mapping(recipe)["model"]} for r in RUNS}
-    dense = load_recipe("demo", [*BASE, "model.vision.sparse=none", "model.text.sparse=none"])
+    dense = load_recipe("characters", [*BASE, "model.vision.sparse=none", "model.text.sparse=none"])
     return {
-        "runs": RUNS, "recipe": to_mapping(dense), "base": "demo", "machine": {"device_name": "a machine"},
+        "runs": RUNS, "recipe": to_mapping(dense), "base": "characters", "machine": {"device_name": "a machine"},
         "models": models, "sweep": {"dense": {"best": 2e-3, "width": 64, "width_power": -0.5}},
         "declared": {"expert_power": 0.5}, "shapes": SHAPES, "charge": CHARGE,
     }  # fmt: skip
@@ -205,7 +205,7 @@ def test_the_plan_says_when_it_extrapolates(report: dict[str, Any]) -> None:
 
 def test_the_printed_run_is_the_recommended_model(report: dict[str, Any]) -> None:
     found = make_plan(report, 1e13, 1e9, ["data.batch.pair=16"], refits=5, flops_per_second=1e12, devices=2)
-    recipe = load_recipe("demo", found["overrides"])
+    recipe = load_recipe("characters", found["overrides"])
     best = found["recommended"]
     assert sizes(recipe.model).params_total == best["params_total"]
     assert recipe.train.expert_lr == pytest.approx((recipe.model.vision.router.k / recipe.model.vision.experts) ** 0.5)
@@ -219,7 +219,7 @@ def test_plan_as_a_command(report: dict[str, Any], tmp_path: Path) -> None:
     words = ["plan", "--flops", "1e13", "--memory", "0.5GB", "--study", str(tmp_path)]
     result = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    for text in ("recommended", "best dense model", "vlmoe pretrain demo", "Extrapolates", "FLOPs/s"):
+    for text in ("recommended", "best dense model", "vlmoe pretrain characters", "Extrapolates", "FLOPs/s"):
         assert text in result.output, text
     for wrong, message in (
         (["--memory", "0.5GB", "--study", str(tmp_path)], "--flops is missing"),

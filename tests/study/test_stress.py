@@ -10,7 +10,7 @@ from vlmoe.cli import app
 from vlmoe.study.stress import faults, recovery
 
 SMALL = [
-    "demo", "model.width=32", "model.heads=2", "model.depth=2", "data.visual_tokenizer.steps=5",
+    "characters", "model.width=32", "model.heads=2", "model.depth=2", "data.visual_tokenizer.steps=5",
     "data.text_tokenizer.samples=300", "data.workers=0", "data.batch={pair: 4, image: 1, text: 1}", "train.steps=40",
     "train.warmup=5", "eval={samples: 16, batch: 16}", "train.guard.every=5",
 ]  # fmt: skip

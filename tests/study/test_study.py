@@ -38,7 +38,7 @@ SMALL = [
 ]  # fmt: skip
 STUDY = f"""
 about: A study for a test.
-recipe: demo
+recipe: characters
 set: {json.dumps(SMALL)}
 steps: [3, 6]
 tolerance: 0.1
@@ -53,8 +53,8 @@ jobs: 2
 def budget(file: Path, folder: Path) -> float:
     """FLOPs for all runs but the last, counting those of three steps as 1, those of six as 2: of 7, 4.4, of which the
     broken one uses none."""
-    plan, base = make_plan(load_study(str(file))), load_recipe("demo", SMALL)
-    count(plan, data_shapes(base, prepare_text_tokenizer(base, folder, Console(quiet=True))))
+    plan, base = make_plan(load_study(str(file))), load_recipe("characters", SMALL)
+    count(plan, {"": data_shapes(base, prepare_text_tokenizer(base, folder, Console(quiet=True)))})
     return 4.4 * min(run.flops for run in plan.runs)
 
 
@@ -253,10 +253,10 @@ def test_tables_and_pages_hold_the_same(launches: dict[str, Any]) -> None:
     (saved,) = report["saved"]  # of the one sparse model with two lengths
     assert saved["model"] == "fine"
     assert saved["flops"]["factor"] > 0
-    for name in ("study.png", "saved.png"):
+    for name in ("study.png", "saved.png", "map-fine.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     page = (out / "study.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.replace("http-equiv", "")
     assert "<script" not in page
     for words in ("Compute saved at equal loss", "fine", "How it was counted", "router and dispatch"):
@@ -330,8 +330,8 @@ class UntilItTrains(Meter):
 
 def test_at_the_end_of_the_budget_a_run_is_stopped_and_can_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    recipe = load_recipe("demo", [*SMALL, "model.vision.sparse=none", "model.text.sparse=none", "train.steps=1000000",
-                                  f"run.dir={run}"])  # fmt: skip
+    dense = ["model.vision.sparse=none", "model.text.sparse=none"]
+    recipe = load_recipe("characters", [*SMALL, *dense, "train.steps=1000000", f"run.dir={run}"])
     job = Job("endless", run, {"kind": "train", "recipe": to_mapping(recipe)}, flops=1e12, steps=1_000_000)
     said: list[str] = []
     meter = UntilItTrains(tmp_path, run / "metrics.jsonl")

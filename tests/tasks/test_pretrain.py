@@ -10,7 +10,7 @@ from tests.model.test_sizes import small, sparse
 from vlmoe.config import ModelConfig
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.visual_tokenizer import StoredCodes, VQTokenizer
-from vlmoe.moe import RoutingStats
+from vlmoe.moe import RoutingStats, route
 from vlmoe.tasks.base import StepOutput, Summed
 from vlmoe.tasks.pretrain import MaskedDataModelling, pool, summarise_routing
 
@@ -173,22 +173,18 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 def stats(load: list[float], loss: float, tokens: int) -> RoutingStats:
     """Routing of one pass, with made-up losses."""
-    zero = torch.zeros(())
-    fields: dict[str, Any] = {
-        "loss": torch.tensor(loss),
-        "losses": {"balance": torch.tensor(loss)},
-        "load_E": torch.tensor(load),
-        "importance_E": torch.tensor(load),
-        "dropped": zero,
-        "unserved": zero,
-        "logit_size": zero,
-        "tokens": torch.tensor(tokens),
-        "entropy": zero,
-        "expert_index_NK": torch.zeros(0, 1, dtype=torch.long),
-        "gate_NK": torch.zeros(0, 1),
-        "kept_NK": torch.zeros(0, 1, dtype=torch.bool),
-    }
-    return RoutingStats(**fields)
+    routing = route(torch.zeros(0, 2), k=1)
+    return RoutingStats(
+        loss=torch.tensor(loss),
+        losses={"balance": torch.tensor(loss)},
+        load_E=torch.tensor(load),
+        tokens=torch.tensor(tokens),
+        expert_index_NK=routing.expert_index_NK,
+        gate_NK=routing.gate_NK,
+        kept_NK=torch.zeros(0, 1, dtype=torch.bool),
+        routing=routing,
+        mask_N=None,
+    )
 
 
 def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
@@ -203,6 +199,10 @@ def test_passes_of_a_layer_are_averaged_by_tokens_and_layers_summed() -> None:
     assert metrics["text/balance"].item() == pytest.approx((2.0 + 7.0) / 2)
     assert metrics["text/max_load"].item() == pytest.approx((1.5 + 1.0) / 2)
     assert load["1/text"].tolist() == [3, 1]
+    unread = summarise_routing(routed, measuring=False)
+    assert (unread.metrics, unread.layers) == ({}, {})
+    assert StepOutput(unread.losses).loss == loss
+    assert unread.load["1/text"].tolist() == [3, 1]
 
 
 def test_no_sparse_layer_means_no_routing() -> None:

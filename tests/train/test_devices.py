@@ -31,7 +31,7 @@ Change = Callable[[nn.Module], None]
 
 @pytest.fixture(scope="module")
 def words() -> TextTokenizer:
-    return build_text_tokenizer(load_recipe("demo", OVERRIDES))
+    return build_text_tokenizer(load_recipe("characters", OVERRIDES))
 
 
 class Launch:
@@ -96,7 +96,7 @@ def launch(
     mode: OtherDevice, folder: Path, monkeypatch: pytest.MonkeyPatch, words: TextTokenizer, *overrides: str,
     change: Change | None = None,
 ) -> Launch:  # fmt: skip
-    recipe = load_recipe("demo", [*OVERRIDES, *overrides])
+    recipe = load_recipe("characters", [*OVERRIDES, *overrides])
     m = recipe.model
     task = MaskedDataModelling(m, VQTokenizer(m.image_size, m.patch, m.codes, 8, 16))
     if change is not None:

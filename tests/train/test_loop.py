@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,26 @@ def test_logging_less_keeps_the_numbers(tmp_path: Path) -> None:
     assert {r["step"]: r["loss"] for r in read_lines(tmp_path / "some" / METRICS)} == {s: every[s] for s in (3, 6, 7)}
     assert [r["step"] for r in read_lines(tmp_path / "some" / ROUTING)] == [3, 6, 7]
     assert routing_every(toy_recipe(tmp_path, steps=200_000).train) == 200
+
+
+class Asked(ToyTask):
+    def forward(self, batches: dict[str, Batch]) -> StepOutput:
+        self.answers = [*getattr(self, "answers", []), self.measuring]
+        output = super().forward(batches)
+        return output if self.measuring else replace(output, metrics={})
+
+
+def test_metrics_are_taken_where_they_are_read(tmp_path: Path) -> None:
+    """In the steps that are logged and in the last one; without the guard in all, for the error that may come."""
+    for guard in (True, False):
+        torch.manual_seed(0)
+        task = Asked()
+        recipe = toy_recipe(tmp_path / str(guard), steps=8, log_every=3, guard={"on": guard})
+        train(recipe, task, ToyData(), tmp_path / str(guard))
+        assert [n for n, asked in enumerate(task.answers, start=1) if asked] == ([3, 6, 8] if guard else [*range(1, 9)])
+        lines = read_lines(tmp_path / str(guard) / METRICS)
+        assert [line["step"] for line in lines] == [3, 6, 8]
+        assert all("text/mlm_accuracy" in line for line in lines)
 
 
 class Breaking(ToyTask):

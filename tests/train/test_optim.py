@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.train.toy import ToyTask, toy_task
-from vlmoe.config import TrainConfig
+from vlmoe.config import ModelConfig, TrainConfig
 from vlmoe.model.embed import ImageEmbedding
 from vlmoe.moe import MoELayer
 from vlmoe.moe.soft import SoftMoELayer
@@ -88,7 +88,7 @@ def test_the_projection_of_patches_has_a_rate_of_its_own(width: int, patch_lr: f
     class Seeing(ToyTask):
         def __init__(self) -> None:
             super().__init__()
-            self.image = ImageEmbedding(width, image_size=8, patch=4)  # 48 inputs
+            self.image = ImageEmbedding(ModelConfig(width=width, image_size=8, patch=4))  # 48 inputs
 
     task = Seeing()
     optimizer = make_optimizer(task, TrainConfig(patch_lr=patch_lr))

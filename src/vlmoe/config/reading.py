@@ -20,17 +20,21 @@ from vlmoe.config.validation import validate
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
 GROUPS = vars(schema) | vars(finetune)  # name -> dataclass of every group of keys
-PATHS = ("dir", "init", "path", "file", "annotations", "images")  # names of the keys that hold a path
+PATHS = ("dir", "init", "branch_from", "path", "file", "annotations", "images")  # names of the keys that hold a path
 # what recipes did that were written before these keys were there
 BEFORE = {
     "init": "",
     "init_allow_inexact": False,
+    "branch_from": "",
+    "model.patch_stem": "linear",
     "train.patch_lr": 1.0,
     "train.schedule": "cosine",
     "train.decay_steps": 0,
+    "train.keep_at": [],
     "data.world.icons": 0,
     "data.world.facts": 0,
     "data.world.grid": 3,
+    "data.world.captions": "sentences",
 }
 
 

@@ -64,6 +64,7 @@ class ModelConfig:
     activation: str = "gelu"  # gelu, relu, swiglu
     image_size: int = 48  # pixels, square
     patch: int = 8  # pixels, square
+    patch_stem: str = "linear"  # what a patch passes: linear (BEiT-3), or conv, convolutions within it before that
     max_text: int = 48  # tokens, with start and end
     vocabulary: int = 2048  # rows of the text embedding
     codes: int = 256  # visual vocabulary
@@ -200,6 +201,7 @@ class TrainConfig:
     log_every: int = 1
     checkpoint_every: int = 500
     keep: int = 2  # newest checkpoints kept
+    keep_at: list[int] = field(default_factory=list)  # steps whose checkpoints are kept as well
 
 
 @dataclass
@@ -221,6 +223,7 @@ class Recipe:
     init: str = (
         ""  # an earlier pre-training to start from; where it is dense and this sparse, its layers fill the experts
     )
+    branch_from: str = ""  # a kept checkpoint of another run, to go on from as that run would: RUN/checkpoints/step-N
     init_allow_inexact: bool = False  # also where the sparse model then does not compute what the dense one does
     seed: int = 0
     run: RunConfig = field(default_factory=RunConfig)

@@ -34,6 +34,7 @@ def _model(m: ModelConfig, need: Need) -> None:
         need(getattr(m, key) > 0, f"model.{key}", getattr(m, key), "a positive number")
     need(m.width % m.heads == 0, "model.heads", m.heads, f"a divisor of model.width ({m.width})")
     need(m.image_size % m.patch == 0, "model.patch", m.patch, f"a divisor of model.image_size ({m.image_size})")
+    need(m.patch_stem in {"linear", "conv"}, "model.patch_stem", m.patch_stem, "linear or conv")
     need(m.attention in {"shared", "split"}, "model.attention", m.attention, "shared or split")
     need(m.activation in {"gelu", "relu", "swiglu"}, "model.activation", m.activation, "gelu, relu or swiglu")
     need(0 <= m.vl_ffn <= m.depth, "model.vl_ffn", m.vl_ffn, f"0 to model.depth ({m.depth})")
@@ -143,6 +144,7 @@ def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:
 def _train(t: TrainConfig, need: Need) -> None:
     for f in ("steps", "log_every", "checkpoint_every", "keep", "accumulate"):
         need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
+    need(all(step > 0 for step in t.keep_at), "train.keep_at", t.keep_at, "a list of steps, for example [800, 1600]")
     for f in ("lr", "expert_lr", "router_lr"):
         need(getattr(t, f) > 0, f"train.{f}", getattr(t, f), "a positive number")
     wanted = "a positive number, or null for width over inputs"

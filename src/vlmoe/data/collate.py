@@ -17,8 +17,6 @@ from vlmoe.data.masking import mask_patches, mask_tokens
 from vlmoe.data.sample import BadSample, Sample, Span
 from vlmoe.data.text_tokenizer import TextTokenizer
 
-ROUND_TO = 8  # texts are padded to the longest in the batch, rounded up to this
-
 
 @dataclass(slots=True)
 class Ready:
@@ -89,8 +87,7 @@ class Collator:
             batch.patch_factors = [item.sample.patch_factors for item in items]
 
     def _add_texts(self, batch: Batch, items: list[Ready], positions: list[int], key: int) -> None:
-        longest = max(len(item.ids) for item in items)
-        T = min(-(-longest // ROUND_TO) * ROUND_TO, self.model.max_text)
+        T = max(len(item.ids) for item in items)
         text_BT = np.full((len(items), T), self.tokenizer.pad_id, dtype=np.int64)
         target_BT = np.full((len(items), T), IGNORE, dtype=np.int64)
         valid_BT = np.zeros((len(items), T), dtype=bool)

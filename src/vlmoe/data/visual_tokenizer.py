@@ -46,6 +46,10 @@ class VisualTokenizer(Protocol):
         """int64 (B, P): the code of each patch, on the batch's device."""
         ...
 
+    def targets(self, batch: Batch) -> Tensor:
+        """int64 (M,): the codes of the hidden patches alone, in the order of `Batch.hidden_patches`."""
+        ...
+
     def decode(self, codes_BP: Tensor) -> Tensor | None:
         """uint8 (B, 3, H, W) for looking at, or None where codes cannot be turned into pixels."""
         ...
@@ -70,6 +74,9 @@ class StoredCodes:
         if largest >= self.codes:
             raise UserError(f"stored visual code {largest} is not below model.codes = {self.codes}")
         return batch.codes_BP.long()
+
+    def targets(self, batch: Batch) -> Tensor:
+        return self.encode(batch).flatten().index_select(0, batch.hidden_patches())
 
     def decode(self, codes_BP: Tensor) -> Tensor | None:
         return None
@@ -164,10 +171,19 @@ class VQTokenizer(nn.Module):
     @_without_autocast
     def features(self, image_BCHW: Tensor, learn: bool = False) -> Tensor:
         """uint8 images -> unit vectors (B, P, Z). learn: whitened by this batch's moments, and the averages move."""
-        patches_BPC = F.pixel_unshuffle(image_BCHW.float() / 127.5 - 1.0, self.patch).flatten(2).transpose(1, 2)
-        x_BPZ = self.encoder(patches_BPC)
-        mean_Z, whitener_ZZ = self._batch_moments(x_BPZ.flatten(0, 1)) if learn else (self.mean_Z, self.whitener_ZZ)
-        return F.normalize((x_BPZ - mean_Z) @ whitener_ZZ.T, dim=-1, eps=1e-3)
+        return self._features(self._patches(image_BCHW), learn)
+
+    def _patches(self, image_BCHW: Tensor) -> Tensor:
+        """uint8 (B, P, C * patch * patch): pixels are few bytes to move while they are uint8."""
+        B, C, H, W = image_BCHW.shape
+        cut = image_BCHW.view(B, C, H // self.patch, self.patch, W // self.patch, self.patch)
+        return cut.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * self.patch**2)
+
+    def _features(self, patches: Tensor, learn: bool = False) -> Tensor:
+        """uint8 patches (..., C * patch * patch) -> unit vectors (..., Z)."""
+        x = self.encoder(patches.float() / 127.5 - 1.0)
+        mean_Z, whitener_ZZ = self._batch_moments(x.flatten(0, 1)) if learn else (self.mean_Z, self.whitener_ZZ)
+        return F.normalize((x - mean_Z) @ whitener_ZZ.T, dim=-1, eps=1e-3)
 
     def _batch_moments(self, x_NZ: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and whitening matrix of these features, with gradient. The averages, used later, move towards them."""
@@ -196,6 +212,13 @@ class VQTokenizer(nn.Module):
     def encode(self, batch: Batch) -> Tensor:
         assert batch.image_BCHW is not None
         return self.nearest(self.features(batch.image_BCHW))
+
+    @torch.no_grad()
+    @_without_autocast
+    def targets(self, batch: Batch) -> Tensor:
+        assert batch.image_BCHW is not None
+        patches_NC = self._patches(batch.image_BCHW).flatten(0, 1)
+        return self.nearest(self._features(patches_NC.index_select(0, batch.hidden_patches())))
 
     @torch.no_grad()
     def decode(self, codes_BP: Tensor) -> Tensor:

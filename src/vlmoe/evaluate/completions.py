@@ -12,7 +12,7 @@ import torch
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.evaluate.masked import fill_in
-from vlmoe.tasks.finite import first_choice
+from vlmoe.evaluate.restore import restore
 from vlmoe.tasks.pretrain import MaskedDataModelling, hides_patches
 
 HIDDEN = "____"
@@ -54,9 +54,7 @@ def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch,
     seen_BT, blind_BT = fill_in(model, batch, "seen"), fill_in(model, batch, "blind")
     restored = None
     if hides_patches(batch):
-        assert model.visual_tokenizer is not None
-        logits_BPV = model.image_head(model.run(batch).features("vision")[:, 1:])
-        restored = model.visual_tokenizer.decode(first_choice(logits_BPV, "patches' predictions"))
+        restored = restore(model, batch)
     model.train(was_training)
     special = {tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id}
     completions = []
@@ -71,7 +69,7 @@ def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch,
             words.append(Word(tokenizer.decode([truth]), hidden, *guesses))
         image = batch.image_BCHW[b].permute(1, 2, 0).cpu().numpy()
         mask = _pixels(batch.patch_mask_BP[b].cpu().numpy(), image.shape[0])[..., None]
-        filled = None if restored is None else np.where(mask, restored[b].permute(1, 2, 0).cpu().numpy(), image)
+        filled = None if restored is None else restored[b].permute(1, 2, 0).cpu().numpy()
         completions.append(
             Completion(batch.keys[b], image, np.where(mask, np.uint8(128), image).astype(np.uint8), filled, words)
         )

@@ -6,7 +6,7 @@ Shape suffixes: B batch · P patches · T text tokens · M hidden positions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlmoe.config import UserError
 from vlmoe.data.batch import IGNORE, Batch
-from vlmoe.tasks.finite import NotFinite, first_choice
+from vlmoe.tasks.finite import first_choice
 from vlmoe.tasks.pretrain import MaskedDataModelling, hides_patches, summarise_routing
 
 VIEWS = ("seen", "blind", "swapped")
@@ -201,44 +200,3 @@ def expert_use(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[str
             "idle": int((load_E == 0).sum()),
         }
     return table
-
-
-def evaluate_masked(
-    model: MaskedDataModelling,
-    batches_of: Callable[[str, str], Iterable[Batch]],
-    splits: Iterable[str],
-    kinds: Iterable[str],
-) -> dict[str, Any]:
-    """All scores of a pre-trained model.
-
-    batches_of(split, kind): held-out batches on the model's device. The loss is that of pairs.
-    Returns {"splits": {split: scores}, "experts": …}.
-
-    Raises UserError: predictions of a split are nan or infinite.
-    """
-    was_training = model.training
-    model.eval()
-    kinds = tuple(kinds)
-    try:
-        report: dict[str, dict[str, Any]] = {}
-        splits = tuple(splits)
-        for split in splits:
-            scores: dict[str, Any] = {}
-            if "pair" in kinds:
-                scores["text"] = text_scores(model, batches_of(split, "pair"))
-                image = image_scores(model, batches_of(split, "pair"))
-                if image["predictions"]:
-                    scores["image"] = image
-                scores["loss"] = losses(model, batches_of(split, "pair"))
-            if "image" in kinds:
-                scores["image_alone"] = image_scores(model, batches_of(split, "image"))
-            if "text" in kinds:
-                scores["text_alone"] = text_alone_scores(model, batches_of(split, "text"))
-            report[split] = scores
-        looked = tuple(kind for kind in kinds if kind != "text") or kinds  # texts alone only where there is no image
-        experts = expert_use(model, (batch for kind in looked for batch in batches_of(splits[0], kind)))
-    except NotFinite as error:
-        raise UserError(f"split {split}: {error}") from None
-    finally:
-        model.train(was_training)
-    return {"splits": report, "experts": experts}

@@ -15,10 +15,18 @@ from vlmoe.data.batch import Batch
 from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.sources import held_out_splits
 from vlmoe.evaluate.completions import Completion, complete, draw
-from vlmoe.evaluate.masked import evaluate_masked
+from vlmoe.evaluate.pretrained import evaluate_masked
 from vlmoe.model.device import pick_device
 from vlmoe.tasks.export import Pretrained, load_pretrained
 
+SHOWS = {  # recall first, then what was never in training
+    "val": "recall: things and drawings of training",
+    "handwriting": "hands never shown",
+    "font": "a typeface never shown",
+    "attributes": "things in colours they never had",
+    "drawing": "known things, drawings never shown",
+    "unseen": "things never shown nor named",
+}
 SCORES, PICTURE = "eval.json", "completions.png"
 
 
@@ -43,7 +51,7 @@ def evaluate_run(
             yield batch.to(where)
 
     kinds = [kind for kind in ("pair", "image", "text") if getattr(recipe.data.batch, kind)]
-    report = evaluate_masked(trained.model, batches_of, held_out_splits(recipe), kinds)
+    report = evaluate_masked(trained.model, batches_of, held_out_splits(recipe), kinds, trained.text_tokenizer.mask_id)
     report["samples_per_split"] = count  # at most: a split of files may hold fewer
     if "pair" in kinds and recipe.eval.pictures:
         shown = _completions(trained, recipe.eval.pictures, where)
@@ -71,6 +79,8 @@ def print_report(report: dict[str, Any], run: Path, console: Console | None = No
     """The report as tables and sentences, with the places of the files. tag: as of `evaluate_run`."""
     console = console or Console()
     pairs = any("text" in scores for scores in report["splits"].values())
+    if any("names" in scores for scores in report["splits"].values()):
+        console.print(_names_table(report))
     if pairs:
         console.print(_text_table(report))
     if any("image" in scores or "image_alone" in scores for scores in report["splits"].values()):
@@ -105,6 +115,18 @@ def _share(score: dict[str, Any]) -> str:
     return f"{100 * score['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def _names_table(report: dict[str, Any]) -> Table:
+    title = "Names from sight: the whole name hidden, nothing else; right in % [95% interval]"
+    table = Table(title=title, title_justify="left")
+    for column in ("split", "what it shows", "with the image", "without", "another's image", "chance"):
+        table.add_column(column, justify="left" if column in {"split", "what it shows"} else "right")
+    for split, scores in report["splits"].items():
+        if names := scores.get("names"):
+            shares = (_share(names[v]) for v in ("seen", "blind", "swapped"))
+            table.add_row(split, SHOWS.get(split, ""), *shares, f"{100 * names['chance']:.1f}")
+    return table
+
+
 def _text_table(report: dict[str, Any]) -> Table:
     table = Table(title="Held-out hidden text of pairs, accuracy in % [95% interval]", title_justify="left")
     for column in ("split", "with the image", "without", "another's image", "gap, points"):
@@ -117,7 +139,7 @@ def _text_table(report: dict[str, Any]) -> Table:
 
 def _image_table(report: dict[str, Any]) -> Table:
     table = Table(title="Codes of hidden patches, accuracy in % [95% interval]", title_justify="left")
-    for column in ("split", "image with its text", "image alone", "most frequent code"):
+    for column in ("split", "image with its text", "image alone", "most frequent code", "pixels explained"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, scores in report["splits"].items():
         pair, alone = scores.get("image"), scores.get("image_alone")
@@ -127,6 +149,7 @@ def _image_table(report: dict[str, Any]) -> Table:
             _share(pair) if pair else "-",
             _share(alone) if alone else "-",
             f"{100 * majority:.1f}" if majority is not None else "-",
+            f"{100 * scores['restored']['explained']:.1f}" if "restored" in scores else "-",
         )
     return table
 

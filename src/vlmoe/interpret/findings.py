@@ -140,6 +140,9 @@ def _scores(path: Path) -> dict[str, Any]:
         found = {}
         if "text" in first:
             found[f"{name}: hidden words, with the image"] = round(first["text"]["seen"]["accuracy"], 4)
+        for split, scores in splits.items():
+            if "names" in scores:
+                found[f"{split}: names from sight"] = round(scores["names"]["seen"]["accuracy"], 4)
         if "image" in first:
             found[f"{name}: codes of hidden patches"] = round(first["image"]["accuracy"], 4)
         return found

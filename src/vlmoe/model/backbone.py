@@ -42,7 +42,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.image = ImageEmbedding(config.width, config.image_size, config.patch)
+        self.image = ImageEmbedding(config)
         self.text = TextEmbedding(config.width, config.vocabulary, config.max_text)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.norm = nn.LayerNorm(config.width)

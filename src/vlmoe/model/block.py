@@ -65,7 +65,7 @@ class Block(nn.Module):
             return x_BTD + self.drop_path(self.fused(x_BTD, valid_BT)[0]), {}
         parts, stats = [], {}
         for segment in segments:
-            valid = None if valid_BT is None else valid_BT[:, segment.slice]
+            valid = valid_BT[:, segment.slice] if valid_BT is not None and segment.padded else None
             y, routed = self.branches[segment.modality](x_BTD[:, segment.slice], valid, self.common)
             parts.append(y)
             if routed is not None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vlmoe.config import ModelConfig
 from vlmoe.model.segments import Part
+from vlmoe.model.stem import ConvStem, stem_features
 
 POSITION_SCALE = 2.0  # of the sines and cosines; patches project to a standard deviation of about 1
 
@@ -20,20 +22,21 @@ def patchify(image_BCHW: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
 
 
-def to_unit(image_BCHW: Tensor) -> Tensor:
+def to_unit(pixels: Tensor) -> Tensor:
     """uint8 pixels to [-1, 1] in float32, as BEiT and BEiT-3 feed them."""
-    return image_BCHW.float() / 127.5 - 1.0
+    return pixels.float() / 127.5 - 1.0
 
 
 class ImageEmbedding(nn.Module):
-    """Patches -> linear projection, with a leading class token and learned positions. Hidden patches show the mask
-    token in their place."""
+    """Patches -> stem, where there is one -> linear projection, with a leading class token and learned positions.
+    Hidden patches show the mask token in their place."""
 
-    def __init__(self, width: int, image_size: int, patch: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.image_size, self.patch = image_size, patch
-        patches = (image_size // patch) ** 2
-        self.project = nn.Linear(3 * patch * patch, width)
+        self.image_size, self.patch = config.image_size, config.patch
+        patches, width = (config.image_size // config.patch) ** 2, config.width
+        self.stem = ConvStem(config.patch) if config.patch_stem == "conv" else None
+        self.project = nn.Linear(stem_features(config), width)
         self.class_token = nn.Parameter(torch.empty(1, 1, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, 1 + patches, width))
@@ -45,6 +48,8 @@ class ImageEmbedding(nn.Module):
         for parameter in (self.project.weight, self.class_token, self.mask_token):
             nn.init.trunc_normal_(parameter, std=std)
         nn.init.zeros_(self.project.bias)
+        if self.stem is not None:
+            self.stem.reset_parameters()
         side = self.image_size // self.patch
         self.position.zero_()
         self.position[0, 1:] = POSITION_SCALE * sincos_2d(side, self.position.shape[-1])
@@ -67,7 +72,8 @@ class ImageEmbedding(nn.Module):
         if tuple(image_BCHW.shape[1:]) != expected or image_BCHW.dtype != torch.uint8:
             wanted = f"uint8 (B, {', '.join(map(str, expected))})"
             raise ValueError(f"images: got {image_BCHW.dtype} {tuple(image_BCHW.shape)}, expected {wanted}")
-        x_BPD = self.project(patchify(to_unit(image_BCHW), self.patch).to(self.project.weight.dtype))
+        x_BPC = to_unit(patchify(image_BCHW, self.patch)).to(self.project.weight.dtype)
+        x_BPD = self.project(x_BPC if self.stem is None else self.stem(x_BPC))
         if mask_BP is not None:
             x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)
         first = self.class_token.to(x_BPD.dtype).expand(x_BPD.shape[0], -1, -1)

@@ -7,14 +7,15 @@ left out.
 
 Padding costs what it really costs: attention, dense layers, shared experts and router compute padded positions too,
 routed experts take real tokens only. That is no basis for a comparison: a dense layer could leave padding out as well.
-So a comparison charges `Shape.charged`, where routed experts pay for padding like every other layer. Fillers that a
-backend adds to the experts' rows (on a CPU up to 15%) are not counted.
+So a comparison charges `Shape.charged`, where routed experts pay for padding like every other layer. Fillers that the
+backend `padded` adds to the experts' rows are not counted.
 
 Shape suffixes: D width · H hidden · E experts · M, K, N sizes of a product.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmoe.config import MaskingConfig, ModalityConfig, ModelConfig, VisualTokenizerConfig
 from vlmoe.model.parameters import expert_hidden, has_common, hidden_size, is_sparse
+from vlmoe.model.stem import stem_convolutions, stem_features
 
 PARTS = ("embeddings", "attention", "vision", "text", "vl", "router", "dispatch", "heads", "targets")
 BLOCK_PARTS = ("attention", "vision", "text", "vl", "router", "dispatch")  # what recomputation computes again
@@ -114,7 +116,9 @@ def flops(config: ModelConfig, shape: Shape, tokenizer: VisualTokenizerConfig | 
     found = Flops()
     forward = found.forward
     patches = vision - shape.samples if shape.has_image else 0
-    forward["embeddings"] = 2 * 3 * config.patch**2 * D * patches
+    products = [2 * math.prod(sizes) * patches for sizes in stem_convolutions(config)]
+    products.append(2 * stem_features(config) * D * patches)
+    forward["embeddings"] = sum(products)
     forward["attention"] = config.depth * (8 * D * D * N + 4 * D * T * N)
     own = config.depth - (config.vl_ffn if shape.kind == "pair" else 0)
     forward["vl"] = (config.depth - own) * _ffn(config, hidden_size(config)) * N
@@ -130,10 +134,10 @@ def flops(config: ModelConfig, shape: Shape, tokenizer: VisualTokenizerConfig | 
             forward["dispatch"] += dispatch
             frozen += router if side.router.type == "hash" else 0.0
     forward["heads"] = 2 * D * (config.vocabulary * shape.words + config.codes * shape.patches)
-    if shape.patches and tokenizer is not None and tokenizer.type == "vq":
-        forward["targets"] = _encode(config, tokenizer) * patches
+    if tokenizer is not None and tokenizer.type == "vq":
+        forward["targets"] = _encode(config, tokenizer) * shape.patches
     found.backward = {part: 2 * value for part, value in forward.items()}
-    found.backward["embeddings"] = forward["embeddings"]  # pixels have no gradient
+    found.backward["embeddings"] -= products[0]  # pixels have no gradient
     found.backward["targets"] = 0.0
     found.backward["router"] -= 2 * frozen
     if config.recompute:

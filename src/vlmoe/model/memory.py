@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vlmoe.config import ModalityConfig, ModelConfig, UserError
+from vlmoe.model.attention import SHORT
 from vlmoe.model.flops import Shape, choices
 from vlmoe.model.parameters import (
     attention_params,
@@ -28,6 +29,7 @@ from vlmoe.model.parameters import (
     hidden_size,
     is_sparse,
 )
+from vlmoe.model.stem import stem_convolutions
 
 FP32, BF16, INT = 4, 2, 8  # bytes
 ROUTING_FLOATS = 3  # per token and expert: the logits, their probabilities, and what the z-loss keeps
@@ -196,7 +198,11 @@ def _embeddings(config: ModelConfig, shape: Shape, act: int, share: _Share) -> l
     if shape.has_image:
         patches = shape.samples * (shape.vision_tokens(config) - 1)
         saved = patches * (3 * config.patch**2 * act + 1)
-        ops.append(_Op(saved, 0, FP32 * patches * D, {"image": share.dense * image}))
+        largest = FP32 * patches * D
+        for _, channels, positions in stem_convolutions(config):  # each keeps what it gives, before and after its GELU
+            saved += 2 * act * patches * channels * positions
+            largest = max(largest, 2 * act * patches * channels * positions)
+        ops.append(_Op(saved, 0, largest, {"image": share.dense * image}))
     if shape.text:
         words = shape.samples * shape.text
         # The head's gradient of the same matrix is there already: a second one, and their sum, come beside it.
@@ -208,13 +214,17 @@ def _attention(config: ModelConfig, shape: Shape, index: int, act: int, share: _
     D, N = config.width, shape.positions(config)
     row, weights = N * D, share.dense * attention_params(config)
     tokens = shape.vision_tokens(config) + shape.text
-    mask = FP32 * shape.samples * tokens if shape.text else 0
+    kept, meanwhile = config.heads * N, 0  # a sum for each row of the scores, by the fused kernel
+    if act == FP32 and tokens <= SHORT:  # plain products, which keep the probabilities; then come two gradients
+        kept, meanwhile = config.heads * N * tokens, 2 * config.heads * N * tokens
+    elif shape.text:
+        kept += shape.samples * tokens  # the mask
     cast = act * 4 * D * D if act < FP32 else 0
     ops = [
         _Op(FP32 * row + 2 * FP32 * N, FP32 * row),  # norm: its input is the residual stream
         _Op(act * row + cast, FP32 * row, 0, {f"{index}/attention": weights}),  # query, key, value
         _Op(0, 3 * act * row),  # their gradients, joined
-        _Op(4 * act * row + FP32 * config.heads * N + mask, 3 * act * row),  # attention, and its output
+        _Op(4 * act * row + FP32 * kept, 3 * act * row, FP32 * meanwhile),  # attention, and its output
     ]
     if config.sub_ln:
         ops.append(_Op(act * row + 2 * FP32 * N, act * row))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmoe.config import ModalityConfig, ModelConfig, sparse_blocks
+from vlmoe.model.stem import stem_convolutions, stem_features
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,10 @@ def common_params(config: ModelConfig, index: int) -> int:
 
 
 def embedding_params(config: ModelConfig) -> tuple[int, int]:
-    """Of images (projection, class and mask tokens, positions) and of texts (vocabulary, positions)."""
+    """Of images (stem, projection, class and mask tokens, positions) and of texts (vocabulary, positions)."""
     D, patches = config.width, (config.image_size // config.patch) ** 2
-    image = 3 * config.patch**2 * D + D + 2 * D + (1 + patches) * D
+    stem = sum(values * channels + channels for values, channels, _ in stem_convolutions(config))
+    image = stem + stem_features(config) * D + D + 2 * D + (1 + patches) * D
     return image, config.vocabulary * D + config.max_text * D
 
 

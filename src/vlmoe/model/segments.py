@@ -10,10 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Where one modality stands in the sequence."""
+    """Where one modality stands in the sequence, and whether some of its positions may be padding."""
 
     modality: str
     slice: slice
+    padded: bool = False
 
 
 @dataclass
@@ -35,7 +36,7 @@ def join(parts: list[Part]) -> tuple[Tensor, Tensor | None, tuple[Segment, ...]]
     start, segments = 0, []
     for part in parts:
         stop = start + part.x_BTD.shape[1]
-        segments.append(Segment(part.modality, slice(start, stop)))
+        segments.append(Segment(part.modality, slice(start, stop), part.valid_BT is not None))
         start = stop
     x_BTD = parts[0].x_BTD if len(parts) == 1 else torch.cat([part.x_BTD for part in parts], dim=1)
     if all(part.valid_BT is None for part in parts):

@@ -83,9 +83,9 @@ class Experts(nn.Module):
         """Each expert on its own like a dense layer: truncated normal weights of std 0.02, zero biases."""
         _reset(self)
 
-    def slots(self, dtype: torch.dtype) -> Slots | None:
-        """How many rows each expert should get from `plan_dispatch` for products in this dtype."""
-        return slots_for(self.backend, (self.w1, self.w2), dtype)
+    def slots(self) -> Slots | None:
+        """How many rows each expert should get from `plan_dispatch`."""
+        return slots_for(self.backend)
 
     def forward(self, x_RD: Tensor, plan: Plan) -> Tensor:
         """y_RD: each row through its expert, in x_RD's dtype, to which the weights are cast. Autocast must be off."""

@@ -44,27 +44,51 @@ class RoutingStats:
     """What one forward pass did. Padding is left out of everything but the per-token fields.
 
     loss: the weighted sum of `losses`, with gradient; add it to the model's loss. losses: name -> unweighted scalar,
-    detached, for each loss of weight above 0. load_E: choices of each expert before dropping (int64). importance_E:
-    summed noise-free probabilities. dropped: choices dropped for capacity. unserved: real tokens left with no expert.
-    tokens: real tokens. entropy: of a token's distribution over experts, mean, in nats. logit_size: root mean square of
-    the noise-free logits. expert_index_NK, gate_NK, kept_NK: the choice of each token, best first; kept is False where
-    dropped or padding. All but `loss` are detached; scalars stay on the device. balance: set when the balance loss
-    spans more than this pass: then it is not in `loss`, and who joins the passes adds it (`balance.balance_of`).
+    detached, for each loss of weight above 0. load_E: choices of each expert before dropping (int64). tokens: real
+    tokens. expert_index_NK, gate_NK, kept_NK: the choice of each token, best first; kept is False where dropped or
+    padding. All but `loss` are detached; scalars stay on the device. balance: set when the balance loss spans more than
+    this pass: then it is not in `loss`, and who joins the passes adds it (`balance.balance_of`). routing, mask_N: what
+    the measures below are of; each costs a look at all tokens, so it is taken when asked for.
     """
 
     loss: Tensor
     losses: dict[str, Tensor]
     load_E: Tensor
-    importance_E: Tensor
-    dropped: Tensor
-    unserved: Tensor
     tokens: Tensor
-    entropy: Tensor
-    logit_size: Tensor
     expert_index_NK: Tensor
     gate_NK: Tensor
     kept_NK: Tensor
+    routing: Routing
+    mask_N: Tensor | None
     balance: Sums | None = None
+
+    @property
+    def dropped(self) -> Tensor:
+        """Choices dropped for capacity."""
+        return self.load_E.sum() - self.kept_NK.sum()
+
+    @property
+    def unserved(self) -> Tensor:
+        """Real tokens left with no expert."""
+        return self.tokens - self.kept_NK.any(dim=1).sum()
+
+    @property
+    @torch.no_grad()
+    def importance_E(self) -> Tensor:
+        """Summed noise-free probabilities."""
+        return balance.importance_of(self.routing, self.mask_N)
+
+    @property
+    @torch.no_grad()
+    def entropy(self) -> Tensor:
+        """Of a token's distribution over experts, mean, in nats."""
+        return balance.gate_entropy(self.routing, self.mask_N)
+
+    @property
+    @torch.no_grad()
+    def logit_size(self) -> Tensor:
+        """Root mean square of the noise-free logits."""
+        return balance.logit_size(self.routing, self.mask_N)
 
 
 class MoELayer(nn.Module):
@@ -198,7 +222,7 @@ class MoELayer(nn.Module):
             mask_N,
             capacity_factor=self.capacity_factor if self.training else self.capacity_factor_eval,
             priority=self.priority,
-            slots=self.experts.slots(dtype),
+            slots=self.experts.slots(),
         )
         with torch.autocast(device, enabled=False):
             y_RD = self._serve(dispatch(x_ND.to(dtype), plan), plan, common)
@@ -236,27 +260,21 @@ class MoELayer(nn.Module):
         if "balance" in losses and self.balance_over != "pass":
             weight = self.loss_weights["balance"] * self.pressure
             sums = Sums(balance.probability_of(routing, mask_N), weight, self.balance_over)
-        with torch.no_grad():
-            load_E = balance.load_of(routing, mask_N)
-            kept_NK = plan.kept_NK
-            if kept_NK is None:
-                kept_NK = torch.ones_like(routing.expert_index_NK, dtype=torch.bool)
-            tokens = balance.count_tokens(routing, mask_N)
-            return RoutingStats(
-                loss=loss,
-                losses={name: value.detach() for name, value in losses.items()},
-                load_E=load_E,
-                importance_E=balance.importance_of(routing, mask_N),
-                dropped=load_E.sum() - kept_NK.sum(),
-                unserved=tokens - kept_NK.any(dim=1).sum(),
-                tokens=tokens,
-                entropy=balance.gate_entropy(routing, mask_N),
-                logit_size=balance.logit_size(routing, mask_N),
-                expert_index_NK=routing.expert_index_NK,
-                gate_NK=routing.gate_NK.detach(),
-                kept_NK=kept_NK,
-                balance=sums,
-            )
+        kept_NK = plan.kept_NK
+        if kept_NK is None:
+            kept_NK = torch.ones_like(routing.expert_index_NK, dtype=torch.bool)
+        return RoutingStats(
+            loss=loss,
+            losses={name: value.detach() for name, value in losses.items()},
+            load_E=balance.load_of(routing, mask_N),
+            tokens=balance.count_tokens(routing, mask_N),
+            expert_index_NK=routing.expert_index_NK,
+            gate_NK=routing.gate_NK.detach(),
+            kept_NK=kept_NK,
+            routing=routing,
+            mask_N=mask_N,
+            balance=sums,
+        )
 
     def _check(self, x: Tensor, mask: Tensor | None, common: Experts | None) -> None:
         if x.ndim < 1 or x.shape[-1] != self.width:

@@ -5,13 +5,17 @@ Shape suffixes: B sequences · T tokens · D width · E experts · P slots of an
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmoe.moe.balance import logit_size
 from vlmoe.moe.dispatch import Plan
 from vlmoe.moe.experts import Experts
 from vlmoe.moe.layer import MoELayer, RoutingStats
+from vlmoe.moe.routing import Routing
 
 
 class SoftRouter(nn.Module):
@@ -85,29 +89,38 @@ class SoftMoELayer(MoELayer):
         each = self.slots * rows_SBD.shape[1]
         row_R = torch.arange(self.num_experts * each, device=rows_SBD.device)
         count_E = torch.full((self.num_experts,), each, device=rows_SBD.device)
-        kernel = rows_SBD.device.type != "cpu" and self.experts.backend == "grouped"
-        return Plan(row_R, row_R, None, row_R[:, None], None, count_E, None if kernel else [each] * self.num_experts)
+        return Plan(row_R, row_R, None, row_R[:, None], None, count_E, [each] * self.num_experts)
 
     @torch.no_grad()
     def _soft_stats(self, combine_BTS: Tensor, mask_BT: Tensor | None, logits_BTS: Tensor) -> RoutingStats:
         share_NE = combine_BTS.flatten(0, 1).unflatten(1, (self.num_experts, self.slots)).sum(dim=2)
-        real_N = share_NE.new_ones(len(share_NE), dtype=torch.bool) if mask_BT is None else mask_BT.reshape(-1)
+        mask_N = None if mask_BT is None else mask_BT.reshape(-1)
+        real_N = share_NE.new_ones(len(share_NE), dtype=torch.bool) if mask_N is None else mask_N
         gate_N1, index_N1 = share_NE.max(dim=1, keepdim=True)
+        log_NE = share_NE.clamp_min(torch.finfo(share_NE.dtype).tiny).log()  # logits whose softmax the shares are
         counted_N = real_N.to(torch.int64)
-        tokens = counted_N.sum()
-        entropy_N = -(share_NE * share_NE.clamp_min(torch.finfo(share_NE.dtype).tiny).log()).sum(dim=1)
-        size_N = logits_BTS.flatten(0, 1).square().mean(dim=1)
-        return RoutingStats(
+        return _SoftStats(
             loss=logits_BTS.new_zeros(()),
             losses={},
             load_E=counted_N.new_zeros(self.num_experts).scatter_add_(0, index_N1[:, 0], counted_N),
-            importance_E=share_NE.masked_fill(~real_N[:, None], 0).sum(dim=0),
-            dropped=tokens.new_zeros(()),
-            unserved=tokens.new_zeros(()),
-            tokens=tokens,
-            entropy=entropy_N.masked_fill(~real_N, 0).sum() / tokens.clamp_min(1),
-            logit_size=(size_N.masked_fill(~real_N, 0).sum() / tokens.clamp_min(1)).sqrt(),
+            tokens=counted_N.sum(),
             expert_index_NK=index_N1,
             gate_NK=gate_N1,
             kept_NK=real_N[:, None],
+            routing=Routing(index_N1, gate_N1, log_NE, log_NE, share_NE, 0.0),
+            mask_N=mask_N,
+            logits_BTS=logits_BTS,
         )
+
+
+@dataclass
+class _SoftStats(RoutingStats):
+    """The router's logits are those of slots."""
+
+    logits_BTS: Tensor | None = None
+
+    @property
+    @torch.no_grad()
+    def logit_size(self) -> Tensor:
+        assert self.logits_BTS is not None
+        return logit_size(replace(self.routing, logits_NE=self.logits_BTS.flatten(0, 1)), self.mask_N)

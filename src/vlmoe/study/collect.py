@@ -17,34 +17,45 @@ from vlmoe.study.schedule import Job
 from vlmoe.train.runlog import replace_text
 
 Row = dict[str, Any]
+# What a language model can hold, trained long enough, mixtures of experts somewhat less in all of their parameters:
+# Allen-Zhu & Li 2024, "Physics of Language Models: Part 3.3, Knowledge Capacity Scaling Laws", arXiv 2404.05405
+BITS_PER_PARAMETER = 2
 CSV, PARQUET = "runs.csv", "runs.parquet"
 COLUMNS = (
-    "run", "stage", "model", "side", "twin", "width", "depth", "experts", "k", "granularity", "shared", "expert_size",
-    "placement", "layers", "expansion", "params_total", "params_per_token", "params_active", "seed", "steps",
-    "learning_rate", "expert_lr", "tokens", "flops_per_token", "flops", "seconds", "flops_per_second", "memory_bytes",
-    "memory_predicted", "resident_bytes", "repeated", "wait_share", "status", "error", "loss", "loss_words",
-    "loss_patches", "loss_texts", "accuracy_words", "accuracy_blind",
+    "run", "stage", "model", "kind", "side", "twin", "world", "concepts", "bits_needed", "bits_held", "width", "depth",
+    "experts", "k", "granularity", "shared", "expert_size", "placement", "layers", "expansion", "params_total",
+    "params_per_token", "params_active", "seed", "steps", "began_at", "learning_rate", "expert_lr", "tokens",
+    "tokens_per_parameter", "flops_per_token", "flops", "seconds", "flops_per_second", "memory_bytes",
+    "memory_predicted", "resident_bytes", "repeated", "wait_share", "evaluation_seconds", "status", "error", "loss",
+    "loss_words", "loss_patches", "loss_texts", "accuracy_words", "accuracy_blind",
 )  # fmt: skip
-WORDS = ("run", "stage", "model", "side", "twin", "placement", "layers", "status", "error")
-WHOLE = ("width", "depth", "experts", "k", "granularity", "shared", "params_total", "params_per_token",
-         "params_active", "seed", "steps", "memory_bytes", "memory_predicted", "resident_bytes",
+WORDS = ("run", "stage", "model", "kind", "side", "twin", "world", "placement", "layers", "status", "error")
+WHOLE = ("concepts", "width", "depth", "experts", "k", "granularity", "shared", "params_total", "params_per_token",
+         "params_active", "seed", "steps", "began_at", "memory_bytes", "memory_predicted", "resident_bytes",
          "repeated")  # fmt: skip
 
 
 def row_of(plan: Plan, run: Run, job: Job, rate: float | None, measured: dict[str, Any]) -> Row:
-    """params_active: per token, embeddings left out. seconds: of training, evaluation and start-up left out.
+    """kind: the model's name but for its world's. tokens_per_parameter: over those (active) of its dense twin.
+    bits_needed: to know the world's concepts; bits_held: what the dense twin can hold, `BITS_PER_PARAMETER`.
+    params_active: per token, embeddings left out. began_at: the step at which it branched off a shorter run; its
+    tokens, flops and seconds are those of all its steps. seconds: of training, evaluation and start-up left out.
     flops_per_token, flops: as charged, see `Account.charge`. memory_bytes: of tensors in a step, measured;
     memory_predicted: the same, computed. resident_bytes: the process's."""
     model = plan.model(run)
     cost = model.cost
     row: Row = dict.fromkeys(COLUMNS)
+    twin = plan.models.get(model.twin, model)
     row |= {
-        "run": run.id, "stage": run.stage, "model": model.name, "side": model.side, "twin": model.twin,
+        "run": run.id, "stage": run.stage, "model": model.name, "kind": model.kind, "side": model.side,
+        "twin": model.twin, "world": model.world.name, "concepts": model.world.concepts,
+        "bits_needed": model.world.bits_needed, "bits_held": BITS_PER_PARAMETER * twin.params_active,
+        "tokens_per_parameter": run.tokens / twin.params_active,
         **{k: v for k, v in model.settings.items() if k in COLUMNS},
         "expansion": cost.sizes.expansion,
         "params_total": cost.sizes.params_total,
         "params_per_token": cost.sizes.params_per_token,
-        "params_active": cost.sizes.params_per_token - cost.sizes.params_by_part["embeddings"],
+        "params_active": model.params_active,
         "seed": run.seed, "steps": run.steps, "learning_rate": rate,
         "expert_lr": model.recipe.train.expert_lr if model.side == "sparse" else None,
         "tokens": run.tokens, "flops_per_token": cost.charge_per_token, "flops": run.flops,

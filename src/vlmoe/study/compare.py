@@ -109,16 +109,16 @@ def summarise(factors: dict[int, Factor]) -> dict[str, Any]:
 
 def compute_saved(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """For every sparse model and each of FLOPs and wall clock: against the dense model of its size at that one's final
-    loss, and against the best of all dense models at its own. Paired by seed; against the best, only seeds for which
-    every dense model of the study has runs. A model of one length has no curve and is left out. flops_ratio: of FLOPs
+    loss, and against the best of all dense models of its world at its own. Paired by seed; against the best, only seeds
+    for which every such model has runs. A model of one length has no curve and is left out. flops_ratio: of FLOPs
     per token, over the dense model's."""
     main = finished(rows)
     curves: dict[tuple[str, int], list[Row]] = groups(main, "model", "seed")
-    dense = {r["model"] for r in main if r["side"] == "dense"}
     found = []
     per_token = {r["model"]: r["flops_per_token"] for r in main}
     for model, runs in groups([r for r in main if r["side"] == "sparse"], "model").items():
         twin = runs[0]["twin"]
+        dense = {r["model"] for r in main if r["side"] == "dense" and world_of(r) == world_of(runs[0])}
         entry: dict[str, Any] = {"model": model, "twin": twin}
         entry["flops_ratio"] = per_token[model] / per_token[twin] if twin in per_token else None
         entry["lengths"] = len({r["steps"] for r in runs})
@@ -127,11 +127,11 @@ def compute_saved(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for cost in ("flops", "seconds"):
             twins, best = {}, {}
             for seed in sorted({r["seed"] for r in runs}):
-                ours = _points(curves[model, seed], cost)
+                ours = points_of(curves[model, seed], cost)
                 if (twin, seed) in curves:
-                    twins[seed] = saved(ours, _points(curves[twin, seed], cost))
+                    twins[seed] = saved(ours, points_of(curves[twin, seed], cost))
                 if all((name, seed) in curves for name in dense):
-                    pool = [p for name in dense for p in _points(curves[name, seed], cost)]
+                    pool = [p for name in dense for p in points_of(curves[name, seed], cost)]
                     best[seed] = saved_against_best(ours, pool)
             entry[cost] = summarise(twins) if twins else None
             entry[f"{cost}_best"] = summarise(best) if best else None
@@ -139,7 +139,12 @@ def compute_saved(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _points(rows: Sequence[Row], cost: str) -> list[tuple[float, float]]:
+def world_of(row: Row) -> str:
+    """The world's name, "" where the study declares none."""
+    return row.get("world") or ""
+
+
+def points_of(rows: Sequence[Row], cost: str) -> list[tuple[float, float]]:
     return [(r[cost], r["loss"]) for r in rows]
 
 
@@ -150,7 +155,8 @@ def means(rows: Sequence[Row]) -> list[Row]:
         losses = [r["loss"] for r in runs]
         found.append(
             {
-                "model": model, "steps": steps, "side": runs[0]["side"], "seeds": len(runs),
+                "model": model, "steps": steps, "side": runs[0]["side"], "world": world_of(runs[0]),
+                "seeds": len(runs),
                 "loss": statistics.fmean(losses), "least": min(losses), "most": max(losses),
                 **{c: statistics.fmean([r[c] for r in runs]) for c in COSTS if all(r[c] for r in runs)},
             }
@@ -159,17 +165,19 @@ def means(rows: Sequence[Row]) -> list[Row]:
 
 
 def frontiers(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Cost -> the (model, steps) that no other beats in both cost and loss, cheapest first; over seeds' means."""
-    points = means(rows)
-    found = {}
-    for cost in COSTS:
-        front: list[dict[str, Any]] = []
-        known = [p for p in points if cost in p]
-        for point in sorted(known, key=lambda p: (p[cost], p["loss"])):
-            if not front or point["loss"] < front[-1]["loss"]:
-                front.append({k: point[k] for k in ("model", "side", "steps", cost, "loss")})
-        found[cost] = front
-    return found
+    """Cost -> the (model, steps) that no other of their world beats in both cost and loss, world by world, cheapest
+    first; over seeds' means."""
+    worlds = groups(means(rows), "world")
+    return {cost: [point for points in worlds.values() for point in _front(points, cost)] for cost in COSTS}
+
+
+def _front(points: Sequence[Row], cost: str) -> list[dict[str, Any]]:
+    front: list[dict[str, Any]] = []
+    known = [p for p in points if cost in p]
+    for point in sorted(known, key=lambda p: (p[cost], p["loss"])):
+        if not front or point["loss"] < front[-1]["loss"]:
+            front.append({k: point[k] for k in ("model", "side", "steps", cost, "loss")})
+    return front
 
 
 def ablation(rows: Sequence[Row], models: dict[str, str], measures: Sequence[str]) -> list[dict[str, Any]]:

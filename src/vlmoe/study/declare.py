@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
@@ -37,7 +39,8 @@ class Grid:
     width, depth: of the model. experts, k, granularity, shared (experts): of each sparse layer, see `ModalityConfig`.
     expert_size: over the dense layer's; "equal": such that a token's hidden units are those of the dense layer.
     placement: sparse for vision, text or both. layers: a `sparse` pattern, for example all, odd or last.
-    steps, seeds: instead of the study's. set: overrides of the recipe for these models.
+    steps, tokens_per_parameter, seeds: instead of the study's. worlds: names of those that these models are trained in;
+    empty: all. set: overrides of the recipe for these models.
     """
 
     name: str = ""  # empty: made of the axes
@@ -51,14 +54,34 @@ class Grid:
     placement: Any = "both"
     layers: Any = "odd"
     steps: list[int] = field(default_factory=list)
+    tokens_per_parameter: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
+    worlds: list[str] = field(default_factory=list)
     set: list[str] = field(default_factory=list)
+
+
+@dataclass
+class World:
+    """Data to compare models in, as changes to the recipe. concepts: how many things there are to know in it. bits:
+    that it takes to know them; None: concepts x log2(concepts), what tells each from all others."""
+
+    name: str = ""
+    concepts: int | None = None
+    bits: float | None = None
+    set: list[str] = field(default_factory=list)
+
+    @property
+    def bits_needed(self) -> float | None:
+        if self.bits is not None or not self.concepts:
+            return self.bits
+        return self.concepts * math.log2(self.concepts)
 
 
 @dataclass
 class Sweep:
     """A small search for each side's learning rate, at a small scale. The best rate is carried to a model of another
-    width by `rate * (width / sweep's width) ** width_power`. No rates: everything trains with the recipe's."""
+    width by `rate * (width / sweep's width) ** width_power`. No rates: everything trains with the recipe's. Of a
+    study's worlds it is searched in the first that `dense` names, or else in the first of all, for all of them."""
 
     rates: list[float] = field(default_factory=list)
     steps: int = 0
@@ -79,6 +102,16 @@ class Downstream:
 
 
 @dataclass
+class Headline:
+    """The comparison that is to carry the claim, chosen before it runs. model: of the sparse ones, without its world's
+    name. world: of the study's, empty where it has none. steps: a length of the dense twin; None: its longest."""
+
+    model: str = ""
+    world: str = ""
+    steps: int | None = None
+
+
+@dataclass
 class Budget:
     """What a study may use, over all its launches. hours: on the clock. flops: of training. None: no limit."""
 
@@ -91,9 +124,15 @@ class Study:
     """equal: "per_token": every sparse model must cost what the dense one of its width and depth costs per token,
     within `tolerance`, and all train for the same steps. "total": every model trains for as many steps as give the
     total FLOPs of `reference` after each of `steps`. "steps": the same steps, whatever they cost. reference: a dense
-    model's name; empty: the first. extends: the folder of an earlier study on the same recipe, whose finished runs join
-    the report; its learning rate does not, set `train.lr`. expert_power: see `grid.expert_lr`. jobs: runs at a time,
-    each with one thread."""
+    model's name; empty: the first. steps or tokens_per_parameter: run lengths; the latter are tokens of training,
+    padding not counted, over the parameters per token of the dense model that a model is compared with, embeddings not
+    counted. worlds: everything is done in each of them, and models are compared within one; none: in the recipe's.
+    extends: the folder of an earlier study on the same recipe, whose finished runs join the report; its learning rate
+    does not, set `train.lr`. expert_power: see `grid.expert_lr`. jobs: runs at a time, each with one thread.
+
+    decay_share: of every run's steps those in which its learning rate falls in a straight line, after a constant one;
+    None: the recipe's schedule. With it the lengths of a model are branches of one training: each run goes on from
+    where the next shorter one began its decay, and is the same to the bit as if it had been trained from nothing."""
 
     name: str = ""
     about: str = ""
@@ -105,6 +144,9 @@ class Study:
     extends: str = ""
     expert_power: float = 0.5
     steps: list[int] = field(default_factory=list)
+    tokens_per_parameter: list[float] = field(default_factory=list)
+    worlds: list[World] = field(default_factory=list)
+    decay_share: float | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     dense: list[Grid] = field(default_factory=list)
     sparse: list[Grid] = field(default_factory=list)
@@ -112,6 +154,7 @@ class Study:
     sweep: Sweep = field(default_factory=Sweep)
     downstream: Downstream = field(default_factory=Downstream)
     budget: Budget = field(default_factory=Budget)
+    headline: Headline | None = None
     jobs: int = 1
 
 
@@ -205,6 +248,24 @@ def _read(study: str) -> tuple[str, str]:
     raise StudyError(f"no study '{study}': {hint}packaged studies are {', '.join(names)}; or give a .yaml file's path")
 
 
+def _check_lengths(prefix: str, of: Study | Grid, need: Callable[[bool, str, Any, str], None]) -> None:
+    for key in ("steps", "tokens_per_parameter"):
+        lengths = getattr(of, key)
+        need(all(length > 0 for length in lengths), prefix + key, lengths, "positive numbers")
+    both = bool(of.steps and of.tokens_per_parameter)
+    need(not both, f"{prefix}steps", of.steps, "none beside tokens_per_parameter, or the other way round")
+
+
+def _check_worlds(study: Study, need: Callable[[bool, str, Any, str], None]) -> None:
+    names = [world.name for world in study.worlds]
+    plain = all(re.fullmatch(r"[\w.+-]+", name) for name in names) and len(set(names)) == len(names)
+    need(plain, "worlds", names, "a different name for each, of letters, digits and ._+-")
+    for i, world in enumerate(study.worlds):
+        for key in ("concepts", "bits"):
+            value = getattr(world, key)
+            need(value is None or value > 0, f"worlds[{i}].{key}", value, "a positive number, or null")
+
+
 def _check_seeds(key: str, seeds: list[int], need: Callable[[bool, str, Any, str], None]) -> None:
     for seed in seeds:
         need(0 <= seed < 1 << 63, key, seed, "whole numbers from 0 to below 2**63")
@@ -212,6 +273,7 @@ def _check_seeds(key: str, seeds: list[int], need: Callable[[bool, str, Any, str
 
 GROUPS: dict[str, Any] = {
     "dense": Grid, "sparse": Grid, "ablation": Grid, "sweep": Sweep, "downstream": Downstream, "budget": Budget,
+    "worlds": World, "headline": Headline,
 }  # fmt: skip
 
 
@@ -224,7 +286,7 @@ def _check_keys(given: Any, schema: type, prefix: str, origin: str) -> None:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known here: {', '.join(known)}"
             raise StudyError(f"study {origin}: unknown key '{prefix}{key}': {hint}")
-        if key in GROUPS and value is not None:
+        if key in GROUPS and value is not None and not (schema is Grid and key == "worlds"):
             for i, item in enumerate(value if isinstance(value, list) else [value]):
                 _check_keys(item, GROUPS[key], f"{prefix}{key}{f'[{i}]' if isinstance(value, list) else ''}.", origin)
 
@@ -237,7 +299,12 @@ def _check(study: Study, origin: str) -> None:
     need(bool(study.dense), "dense", study.dense, "at least one dense model to compare with")
     need(study.equal in {"per_token", "total", "steps"}, "equal", study.equal, "per_token, total or steps")
     need(study.tolerance > 0, "tolerance", study.tolerance, "a share above 0, for example 0.05")
-    need(bool(study.steps) and min(study.steps) > 0, "steps", study.steps, "run lengths, for example [300, 600, 1200]")
+    need(bool(study.steps) != bool(study.tokens_per_parameter), "steps", study.steps,
+         "run lengths, for example [300, 600, 1200], or else tokens_per_parameter")  # fmt: skip
+    _check_lengths("", study, need)
+    _check_worlds(study, need)
+    share = study.decay_share
+    need(share is None or 0 < share < 1, "decay_share", share, "a share between 0 and 1, for example 0.2, or null")
     need(bool(study.seeds), "seeds", study.seeds, "at least one seed")
     _check_seeds("seeds", study.seeds, need)
     need(study.expert_power >= 0, "expert_power", study.expert_power, "a number not below 0, for example 0.5")
@@ -252,8 +319,11 @@ def _check(study: Study, origin: str) -> None:
         need(study.sweep.steps > 0, "sweep.steps", study.sweep.steps, "a positive number")
         grids += [("sweep.dense", study.sweep.dense), ("sweep.sparse", study.sweep.sparse)]
     _check_seeds("sweep.seeds", study.sweep.seeds, need)
+    names = [world.name for world in study.worlds]
     for key, grid in grids:
         _check_seeds(f"{key}.seeds", grid.seeds, need)
+        _check_lengths(f"{key}.", grid, need)
+        need(set(grid.worlds) <= set(names), f"{key}.worlds", grid.worlds, f"names of the study's worlds: {names}")
         for one in members(grid):
             need(one.placement in PLACEMENTS, f"{key}.placement", one.placement, ", ".join(PLACEMENTS))
             need(one.expert_size == EQUAL or isinstance(one.expert_size, (int, float)), f"{key}.expert_size",

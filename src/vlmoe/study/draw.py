@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from vlmoe.model.sizes import short
-from vlmoe.study.collect import Row
+from vlmoe.study.collect import Row, groups
 from vlmoe.study.compare import AT_MOST, means
 
 FRONTIER, SAVED, LAW = "study.png", "saved.png", "law.png"
@@ -36,25 +36,29 @@ STYLE: Any = {
 
 def draw_frontier(rows: Sequence[Row], fronts: dict[str, list[dict[str, Any]]], out: Path) -> Path | None:
     """Held-out loss against FLOPs, wall clock and memory: every model's finished runs (mean over seeds, with the
-    range), joined from length to length, over the frontier of all. Memory: each model's longest runs."""
-    points = means(rows)
-    if not points:
+    range), joined from length to length, over the frontier of all. Memory: each model's longest runs. A row of panels
+    for each world."""
+    worlds = groups(means(rows), "world")
+    if not worlds:
         return None
-    styles = _styles(points)
+    styles = {world: _styles(points) for world, points in worlds.items()}
     with matplotlib.rc_context(STYLE):
-        below = 0.3 + 0.19 * -(-len(styles) // 3)
-        figure = Figure(figsize=(12, 4.2 + below), layout="constrained")
-        axes = figure.subplots(1, 3, sharey=True)
-        for axis, (cost, label) in zip(axes, AXES.items(), strict=True):
-            _panel(axis, [p for p in points if cost in p], cost, styles)
-            front = [(f[cost] * SCALE.get(cost, 1.0), f["loss"]) for f in fronts[cost]]
-            if len(front) > 1 and cost != "memory_bytes":
-                axis.plot(*zip(*front, strict=True), color="#BBBBBB", linewidth=7, alpha=0.6, zorder=0,
-                          solid_capstyle="round", label="_")  # fmt: skip
-            axis.set_xlabel(label)
-        axes[0].set_ylabel("held-out loss, nats")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+        below = 0.3 + 0.19 * -(-max(map(len, styles.values())) // 3)
+        figure = Figure(figsize=(12, (4.2 + below) * len(worlds)), layout="constrained")
+        parts = figure.subfigures(len(worlds), 1, squeeze=False)[:, 0]
+        for part, (world, points) in zip(parts, worlds.items(), strict=True):
+            axes = part.subplots(1, 3, sharey=True)
+            models = {p["model"] for p in points}
+            for axis, (cost, label) in zip(axes, AXES.items(), strict=True):
+                _panel(axis, [p for p in points if cost in p], cost, styles[world])
+                front = [(f[cost] * SCALE.get(cost, 1.0), f["loss"]) for f in fronts[cost] if f["model"] in models]
+                if len(front) > 1 and cost != "memory_bytes":
+                    axis.plot(*zip(*front, strict=True), color="#BBBBBB", linewidth=7, alpha=0.6, zorder=0,
+                              solid_capstyle="round", label="_")  # fmt: skip
+                axis.set_xlabel(label)
+            axes[0].set_ylabel(f"{world}: held-out loss, nats" if world else "held-out loss, nats")
+            handles, labels = axes[0].get_legend_handles_labels()
+            part.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
         figure.savefig(out / FRONTIER, dpi=130)
     return out / FRONTIER
 
@@ -88,12 +92,20 @@ def _panel(axis: Any, points: Sequence[dict[str, Any]], cost: str, styles: dict[
     axis.yaxis.set_major_locator(MaxNLocator(6))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
+    _widen(axis.set_xlim, [p[cost] * SCALE.get(cost, 1.0) for p in points])
+    _widen(axis.set_ylim, [p[end] for p in points for end in ("least", "most")])
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(float(v))))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(color=GRID, linewidth=0.7)
     axis.set_axisbelow(True)
+
+
+def _widen(set_limits: Any, values: Sequence[float]) -> None:
+    """Room around values that are nearly one: a logarithmic axis would have none."""
+    if values and max(values) < 1.02 * min(values):
+        set_limits(min(values) / 1.1, max(values) * 1.1)
 
 
 def draw_saved(saved: Sequence[dict[str, Any]], out: Path) -> Path | None:

@@ -18,9 +18,11 @@ def check(earlier: dict[str, Any], about: dict[str, Any]) -> None:
     the first key that differs.
     """
     where = about["declared"]["extends"]
-    for key in ("equal", "expert_power"):
+    for key in ("equal", "expert_power", "decay_share"):
         _same(f"key '{key}'", earlier["declared"].get(key), about["declared"][key], where)
-    _same_keys("recipe", earlier["recipe"], about["recipe"], where)
+    then, now = _recipes(earlier), _recipes(about)
+    for world in then.keys() & now.keys():
+        _same_keys(f"recipe of {world}" if world else "recipe", then[world], now[world], where)
     for name in earlier["models"].keys() & about["models"].keys():
         _same_keys(f"model {name}", earlier["models"][name]["model"], about["models"][name]["model"], where)
 
@@ -43,6 +45,11 @@ def join(earlier: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
         "sweep": about["sweep"] or earlier["sweep"],
         "notes": [*earlier["notes"], note, *about["notes"]],
     }
+
+
+def _recipes(report: dict[str, Any]) -> dict[str, Any]:
+    """The study's own recipe in each of its worlds."""
+    return report.get("recipes") or {"": report["recipe"]}
 
 
 def _same_keys(what: str, then: Any, now: Any, where: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from vlmoe.config import ModalityConfig, ModelConfig, Recipe, load_recipe, to_ma
 from vlmoe.model.accounting import Account, account
 from vlmoe.model.flops import Flops, Shape
 from vlmoe.model.parameters import hidden_size
-from vlmoe.study.declare import EQUAL, Grid, Study, StudyError, members
+from vlmoe.study.declare import AXES, EQUAL, Grid, Headline, Study, StudyError, World, members
 
 SIDES = ("vision", "text")
 ABLATION = ("dense", "text", "vision", "both")
@@ -19,19 +19,31 @@ ABLATION = ("dense", "text", "vision", "both")
 
 @dataclass
 class Model:
-    """One column of the comparison. settings: what tells it apart. twin: the dense model it is compared with, itself
-    for a dense one. recipe: but for seed, steps, learning rate and folder. fixed_rate: its own learning rate, which no
-    sweep changes."""
+    """One column of the comparison. kind: its name but for the world's. settings: what tells it apart. twin: the dense
+    model it is compared with, itself for a dense one. recipe: but for seed, steps, learning rate and folder.
+    saturation: lengths in tokens per parameter, which `count` turns into steps. fixed_rate: its own learning rate,
+    which no sweep changes."""
 
-    name: str
+    kind: str
     side: str
     settings: dict[str, Any]
     recipe: Recipe
     steps: list[int]
     seeds: list[int]
+    world: World
+    saturation: list[float] = field(default_factory=list)
     twin: str = ""
     fixed_rate: bool = False
     account: Account | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.world.name}" if self.world.name else self.kind
+
+    @property
+    def params_active(self) -> int:
+        """Per token, embeddings left out."""
+        return self.cost.sizes.params_per_token - self.cost.sizes.params_by_part["embeddings"]
 
     @property
     def cost(self) -> Account:
@@ -41,8 +53,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Run:
-    """rate: learning rate; None: known when the sweep is done. tokens, flops: of its training, padding not counted in
-    the tokens; flops are those charged, padding to all layers alike (`Account.charge`)."""
+    """rate: learning rate; None: known when the sweep is done. tokens, flops: of its training from nothing, padding not
+    counted in the tokens; flops are those charged, padding to all layers alike (`Account.charge`). decay_steps: the
+    last ones, in which the rate falls in a straight line; 0: the recipe's schedule."""
 
     id: str
     stage: str  # sweep, main
@@ -53,16 +66,24 @@ class Run:
     rate: float | None
     tokens: float
     flops: float
+    decay_steps: int = 0
+
+    @property
+    def branching(self) -> int:
+        """The last step of the constant rate, at which longer runs branch off; 0 where there is none."""
+        return self.steps - self.decay_steps if self.decay_steps else 0
 
 
 @dataclass
 class Plan:
-    """models: by name, those of the sweep apart. ablation: row -> model. runs: in the order in which they are begun."""
+    """models: by name, those of the sweep apart. bases: the study's own recipe in each world, "" where it declares
+    none. ablation: row -> model. runs: in the order in which they are begun."""
 
     study: Study
     models: dict[str, Model]
     sweep: dict[str, Model]
     ablation: dict[str, str]
+    bases: dict[str, Recipe]
     runs: list[Run] = field(default_factory=list)
 
     def model(self, run: Run) -> Model:
@@ -71,32 +92,57 @@ class Plan:
 
 def make_plan(study: Study) -> Plan:
     """The models of a study. Raises StudyError or RecipeError where one cannot be built."""
-    plan = Plan(study, {}, {}, {})
-    base = load_recipe(study.recipe, study.set).model
-    for grid in study.dense:
-        for one in members(grid, ("width", "depth")):
-            _add(plan.models, _model(study, base, one, "dense"))
-    dense = list(plan.models.values())
-    for grid in study.sparse:
-        for one in members(grid):
-            _add(plan.models, _model(study, base, one, "sparse"))
+    worlds = study.worlds or [World()]
+    plan = Plan(study, {}, {}, {}, {w.name: load_recipe(study.recipe, [*study.set, *w.set]) for w in worlds})
+    for world in worlds:
+        for side, axes in (("dense", ("width", "depth")), ("sparse", AXES)):
+            for grid in getattr(study, side):
+                for one in members(grid, axes) if world.name in (grid.worlds or [world.name]) else ():
+                    _add(plan.models, _model(plan, world, one, side))
     if study.ablation is not None:
-        plan.ablation = _ablation(plan, base, study.ablation)
-    reference = study.reference or dense[0].name
-    if reference not in plan.models or plan.models[reference].side != "dense":
-        names = ", ".join(m.name for m in dense)
-        raise StudyError(f"key 'reference' got {study.reference!r}, wanted a dense model of the study: {names}")
+        plan.ablation = _ablation(plan, _first_world(study, study.ablation), study.ablation)
     for model in plan.models.values():
-        model.twin = _twin(study, model, dense, reference)
+        model.twin = _twin(plan, model)
+    if study.headline is not None:
+        _check_headline(plan, study.headline)
     if study.sweep.rates:
         for side in ("dense", "sparse"):
-            model = _model(study, base, next(members(getattr(study.sweep, side))), side)
-            plan.sweep[side] = replace(model, name=f"sweep-{side}", steps=[study.sweep.steps], seeds=study.sweep.seeds)
+            grid = getattr(study.sweep, side)
+            model = _model(plan, _first_world(study, study.sweep.dense), next(members(grid)), side)
+            plan.sweep[side] = replace(
+                model, kind=f"sweep-{side}", steps=[study.sweep.steps], saturation=[], seeds=study.sweep.seeds
+            )
     return plan
 
 
-def _model(study: Study, m: ModelConfig, grid: Grid, side: str) -> Model:
-    """m: the model section of the study's own recipe."""
+def _first_world(study: Study, grid: Grid) -> World:
+    """Of those that a grid names, or of all."""
+    return next((w for w in study.worlds if w.name in (grid.worlds or [w.name])), World())
+
+
+def _check_headline(plan: Plan, headline: Headline) -> None:
+    named = [(m.kind, m.world.name) for m in plan.models.values() if m.side == "sparse"]
+    if (headline.model, headline.world) not in named:
+        known = ", ".join(f"{kind} in {world}" if world else kind for kind, world in named)
+        wanted = f"{headline.model!r} in the world {headline.world!r}"
+        raise StudyError(f"key 'headline' names {wanted}, which is no sparse model of the study: there are {known}")
+
+
+def reference_of(plan: Plan, world: World) -> Model:
+    """The dense model of a world whose total compute others get. Raises StudyError where there is none."""
+    dense = [m for m in plan.models.values() if m.side == "dense" and m.world == world]
+    found = next((m for m in dense if m.kind == (plan.study.reference or m.kind)), None)
+    if found is None:
+        names = ", ".join(m.kind for m in dense) or "none"
+        where = f" in the world '{world.name}'" if world.name else ""
+        raise StudyError(
+            f"key 'reference' got {plan.study.reference!r}, wanted a dense model of the study{where}: {names}"
+        )
+    return found
+
+
+def _model(plan: Plan, world: World, grid: Grid, side: str) -> Model:
+    study, m = plan.study, plan.bases[world.name].model
     width, depth = grid.width or m.width, grid.depth or m.depth
     changes = [f"model.width={width}", f"model.depth={depth}"]
     if width != m.width and width * m.heads % m.width == 0:  # heads of the same width
@@ -118,11 +164,12 @@ def _model(study: Study, m: ModelConfig, grid: Grid, side: str) -> Model:
                 changes.append(f"model.{s}.router.renormalize=false")
         settings |= {a: getattr(grid, a) for a in ("experts", "k", "granularity", "shared", "placement", "layers")}
         settings["expert_size"] = size
-    recipe = load_recipe(study.recipe, [*study.set, *changes, *grid.set])
+    recipe = load_recipe(study.recipe, [*study.set, *world.set, *changes, *grid.set])
+    own = grid if grid.steps or grid.tokens_per_parameter else study
     fixed = any(change.startswith("train.lr=") for change in grid.set)
     return Model(
-        grid.name or _name(side, settings), side, settings, recipe, list(grid.steps or study.steps),
-        list(grid.seeds or study.seeds), fixed_rate=fixed,
+        grid.name or _name(side, settings), side, settings, recipe, list(own.steps), list(grid.seeds or study.seeds),
+        world, list(own.tokens_per_parameter), fixed_rate=fixed,
     )  # fmt: skip
 
 
@@ -163,6 +210,7 @@ def _add(models: dict[str, Model], model: Model) -> str:
     for other in models.values():
         if _identity(other) == new:
             other.steps = sorted({*other.steps, *model.steps})
+            other.saturation = sorted({*other.saturation, *model.saturation})
             other.seeds = list(dict.fromkeys([*other.seeds, *model.seeds]))
             return other.name
     if model.name in models:
@@ -172,46 +220,52 @@ def _add(models: dict[str, Model], model: Model) -> str:
 
 
 def _identity(model: Model) -> dict[str, Any]:
-    mapping = to_mapping(model.recipe)
+    mapping = to_mapping(model.recipe) | {"world": model.world.name}
     if model.side == "dense":  # what a router would be like changes nothing
         mapping["model"]["vision"] = mapping["model"]["text"] = None
     return mapping
 
 
-def _ablation(plan: Plan, base: ModelConfig, grid: Grid) -> dict[str, str]:
+def _ablation(plan: Plan, world: World, grid: Grid) -> dict[str, str]:
     """The paper's four rows: dense, experts for text, for vision, for both."""
     found = {}
     for row in ABLATION:
         one = next(members(replace(grid, placement="both" if row == "dense" else row)))
         if row == "dense":
-            model = _model(plan.study, base, replace(one, name="", set=[]), "dense")
+            model = _model(plan, world, replace(one, name="", set=[]), "dense")
         else:
-            model = _model(plan.study, base, replace(one, name=f"{one.name}-{row}" if one.name else ""), "sparse")
+            named = replace(one, name=f"{one.name}-{row}" if one.name else "")
+            model = _model(plan, world, named, "sparse")
         found[row] = _add(plan.models, model)
     return found
 
 
-def _twin(study: Study, model: Model, dense: list[Model], reference: str) -> str:
+def _twin(plan: Plan, model: Model) -> str:
+    reference = reference_of(plan, model.world).name
     if model.side == "dense":
         return model.name
-    for other in dense:
-        if all(other.settings[a] == model.settings[a] for a in ("width", "depth")):
+    for other in plan.models.values():
+        same = all(other.settings[a] == model.settings[a] for a in ("width", "depth")) and other.world == model.world
+        if same and other.side == "dense":
             return other.name
-    if study.equal == "per_token":
+    if plan.study.equal == "per_token":
         w, d = model.settings["width"], model.settings["depth"]
         raise StudyError(f"{model.name}: no dense model of width {w} and depth {d} to compare with; add it to 'dense'")
     return reference
 
 
 # ------------------------------------------------------------------------------------------------------- equal compute
-def count(plan: Plan, shapes: Sequence[Sequence[Shape]]) -> None:
-    """Account for every model on batches as the data has them (a list of shapes for each micro-batch), check that
-    compute is equal where it must be, and list the runs.
+def count(plan: Plan, shapes: Mapping[str, Sequence[Sequence[Shape]]]) -> None:
+    """Account for every model on batches as its world's data has them (a list of shapes for each micro-batch), check
+    that compute is equal where it must be, and list the runs.
 
     Raises StudyError where a sparse model costs more or less than the dense one it is compared with.
     """
     for model in [*plan.models.values(), *plan.sweep.values()]:
-        model.account = mean_account(model.recipe, shapes)
+        model.account = mean_account(model.recipe, shapes[model.world.name])
+    for model in plan.models.values():
+        tokens = [ratio * plan.models[model.twin].params_active for ratio in model.saturation]
+        model.steps = sorted({*model.steps, *(max(1, round(t / model.cost.tokens)) for t in tokens)})
     study = plan.study
     if study.equal == "per_token":
         for model in plan.models.values():
@@ -219,7 +273,8 @@ def count(plan: Plan, shapes: Sequence[Sequence[Shape]]) -> None:
             if abs(ratio - 1) > study.tolerance:
                 raise StudyError(
                     f"{model.name}: training costs {ratio:.3f} times the FLOPs per token of {model.twin}, wanted 1 "
-                    f"within {study.tolerance:.0%}: choose expert_size, set a larger tolerance, or equal=total"
+                    f"within {study.tolerance:.0%}: choose expert_size, set a larger tolerance, or equal=total, or "
+                    "equal=steps, with which what each costs is charged in the comparison"
                 )
     plan.runs = _runs(plan)
 
@@ -239,27 +294,42 @@ def _runs(plan: Plan) -> list[Run]:
     study, runs = plan.study, []
     for side, model in plan.sweep.items():
         for rate in study.sweep.rates:
-            runs += [_run(model, "sweep", side, seed, study.sweep.steps, rate) for seed in study.sweep.seeds]
-    reference = plan.models[study.reference or next(iter(plan.models))]
+            runs += [_run(study, model, "sweep", side, seed, study.sweep.steps, rate) for seed in study.sweep.seeds]
     main = []
     for model in plan.models.values():
         for seed in model.seeds:
+            reference = reference_of(plan, model.world)
             for length in model.steps:
                 steps = length
                 if study.equal == "total":
                     steps = max(1, round(length * reference.cost.charge.total / model.cost.charge.total))
                 own = None if plan.sweep and not model.fixed_rate else model.recipe.train.lr
-                main.append((model.seeds.index(seed), _run(model, "main", model.name, seed, steps, own)))
+                main.append((model.seeds.index(seed), _run(study, model, "main", model.name, seed, steps, own)))
     # All models for their first seed before any for its second: a study cut short is a smaller study.
     return runs + [run for _, run in sorted(main, key=lambda pair: pair[0])]
 
 
-def _run(model: Model, stage: str, name: str, seed: int, steps: int, rate: float | None) -> Run:
+def _run(study: Study, model: Model, stage: str, name: str, seed: int, steps: int, rate: float | None) -> Run:
     tag = f"-lr{rate:g}" if stage == "sweep" else ""
     return Run(
         f"{model.name}{tag}-{steps}-seed{seed}", stage, name, model.side, seed, steps, rate,
-        steps * model.cost.tokens, steps * model.cost.charge.total,
+        steps * model.cost.tokens, steps * model.cost.charge.total, _decay_steps(study, model, steps),
     )  # fmt: skip
+
+
+def _decay_steps(study: Study, model: Model, steps: int) -> int:
+    """So that the constant rate ends where the autopilot looks, which then looks at the same steps in every branch."""
+    if study.decay_share is None:
+        return 0
+    train = model.recipe.train
+    every = train.guard.every if train.guard.on else 1
+    constant = (steps - round(study.decay_share * steps)) // every * every
+    if constant < max(1, train.warmup):
+        raise StudyError(
+            f"key 'decay_share': of {model.name}'s {steps} steps {constant} would come before the decay, wanted at "
+            f"least train.warmup ({train.warmup}): choose longer runs, a smaller share or a shorter warm-up"
+        )
+    return steps - constant
 
 
 def carried_rate(plan: Plan, model: Model, best: dict[str, float]) -> float:
@@ -270,12 +340,16 @@ def carried_rate(plan: Plan, model: Model, best: dict[str, float]) -> float:
     return best[model.side] * (model.settings["width"] / sweep) ** plan.study.sweep.width_power
 
 
-def recipe_of(plan: Plan, run: Run, rate: float, folder: str, tokenizers: str) -> Recipe:
-    """The whole recipe of a run."""
+def recipe_of(plan: Plan, run: Run, rate: float, folder: str, tokenizers: str, branch_from: str = "") -> Recipe:
+    """The whole recipe of a run. branch_from: the checkpoint of a shorter one that it goes on from."""
     recipe = copy.deepcopy(plan.model(run).recipe)
     recipe.name, recipe.seed, recipe.run.dir = run.id, run.seed, folder
     recipe.train.steps, recipe.train.lr = run.steps, rate
-    recipe.train.warmup = min(recipe.train.warmup, max(1, run.steps // 5))
+    if run.decay_steps:
+        recipe.train.schedule, recipe.train.decay_steps = "constant_decay", run.decay_steps
+        recipe.train.keep_at, recipe.branch_from = [run.branching] if run.stage == "main" else [], branch_from
+    else:
+        recipe.train.warmup = min(recipe.train.warmup, max(1, run.steps // 5))
     recipe.train.min_lr = min(recipe.train.min_lr, rate)
     if recipe.data.visual_tokenizer.type == "vq" and not recipe.data.visual_tokenizer.path:
         recipe.data.visual_tokenizer.path = tokenizers

@@ -14,9 +14,13 @@ from vlmoe.model.sizes import short
 from vlmoe.study import compare, draw, law
 from vlmoe.study.collect import CSV, PARQUET, Row, extra_columns, finished, groups, over_seeds, write_table
 from vlmoe.study.declare import StudyError
+from vlmoe.study.draw_map import draw_map
+from vlmoe.study.headline import HEADLINE, headline_of
 from vlmoe.study.page import Section, to_html, to_markdown
 from vlmoe.study.plan import REPORT, undetermined
+from vlmoe.study.saturation import crossings, map_sections, saving_map, told
 from vlmoe.study.saved import BEST, saved_section, times, verdict
+from vlmoe.study.scores import splits_section, texts_section, words_section
 from vlmoe.train.runlog import replace_text
 
 MARKDOWN, PAGE = "study.md", "study.html"
@@ -38,10 +42,15 @@ def write_report(about: dict[str, Any], out: Path, console: Console | None = Non
         "frontier": compare.frontiers(rows),
         "ablation": compare.ablation(rows, about["ablation_models"], [*LOSSES, *scores]),
         "law": _law(rows, out),
+        "map": saving_map(rows),
     }
+    report["crossings"] = crossings(report["map"])
     draw.draw_frontier(rows, report["frontier"], out)
     draw.draw_saved(report["saved"], out)
+    draw_map(report["map"], out)
     write_table(rows, out)
+    if report["declared"].get("headline"):
+        _write_headline(report, out)
     replace_text(out / REPORT, json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     sections = [s for s in sections_of(report, scores) if s is not None]
     title = f"{about['name']}: sparse against dense at equal compute"
@@ -54,8 +63,21 @@ def write_report(about: dict[str, Any], out: Path, console: Console | None = Non
     return report
 
 
+def _write_headline(report: dict[str, Any], out: Path) -> None:
+    """The declared figure; none while its runs are not done."""
+    try:
+        found = headline_of(report)
+    except StudyError as error:
+        report["notes"] = [*report["notes"], str(error)]
+        return
+    replace_text(out / HEADLINE, json.dumps(_finite(found), indent=1, allow_nan=False) + "\n")
+
+
 def _law(rows: Sequence[Row], out: Path) -> dict[str, Any] | None:
-    """The law, and how it predicts runs held out of the fit; None where there are too few runs."""
+    """The law, and how it predicts runs held out of the fit; why there is none where runs are too few or of several
+    worlds."""
+    if len({compare.world_of(row) for row in rows}) > 1:
+        return {"none": "a law is of one world, and these runs are of several"}
     try:
         fitted = law.fit(rows)
     except StudyError as error:
@@ -93,6 +115,7 @@ def headline(report: dict[str, Any]) -> list[str]:
                 f"{times(best['flops_best'], BEST)} times in FLOPs, {times(best['seconds_best'], BEST)} times on the "
                 "clock."
             )
+    lines += [told(c) for c in report.get("crossings", []) if c["world"] or c["concepts"]]
     status = {s: sum(r["status"] == s for r in report["runs"]) for s in ("done", "failed", "stopped", "not run")}
     lines.append("Runs: " + ", ".join(f"{n} {s}" for s, n in status.items() if n) + ".")
     return lines
@@ -109,9 +132,11 @@ def sections_of(report: dict[str, Any], scores: Sequence[str]) -> list[Section |
         Section("", text),
         Section("Loss against compute, time and memory", FRONTIER_TEXT, picture=draw.FRONTIER),
         saved_section(report),
+        *map_sections(report["map"]),
         _models_section(report),
-        _words_section(report),
-        _texts_section(report),
+        splits_section(report),
+        words_section(report),
+        texts_section(report),
         _ablation_section(report, scores),
         _downstream_section(report, scores),
         _law_section(report),
@@ -166,36 +191,6 @@ def _mean(runs: Sequence[Row], measure: str) -> str:
     return f"{over_seeds(runs, measure)[0]:.3f}" if all(r.get(measure) is not None for r in runs) else "-"
 
 
-def _words_section(report: dict[str, Any]) -> Section | None:
-    """Which words are learned: equal losses can hide that a class of words is not learned by anyone."""
-    text = (
-        "Hidden words of held-out captions filled in rightly, %, with the image / without it, by class of word; "
-        "each model's longest runs, mean over seeds."
-    )
-    return _by_class(report, "Words by class", text, ("seen:", "blind:"))
-
-
-def _texts_section(report: dict[str, Any]) -> Section | None:
-    text = "Hidden words of held-out texts without pictures filled in rightly, %; as above."
-    return _by_class(report, "Words of texts by class", text, ("text:",))
-
-
-def _by_class(report: dict[str, Any], title: str, text: str, views: tuple[str, ...]) -> Section | None:
-    done = finished(report["runs"])
-    words = [c.removeprefix(views[0]) for c in extra_columns(done) if c.startswith(views[0])]
-    longest = {model: max(r["steps"] for r in runs) for model, runs in groups(done, "model").items()}
-    rows = [
-        r for r in done if r["steps"] == longest[r["model"]] and any(r.get(views[0] + w) is not None for w in words)
-    ]
-    if not rows:
-        return None
-    body = []
-    for (model, steps), runs in groups(rows, "model", "steps").items():
-        cells = [" / ".join(f"{100 * over_seeds(runs, view + word)[0]:.0f}" for view in views) for word in words]
-        body.append([model, f"{steps:,}", str(len(runs)), *cells])
-    return Section(title, text, ["model", "steps", "seeds", *words], body)
-
-
 def _ablation_section(report: dict[str, Any], scores: Sequence[str]) -> Section | None:
     if not report["ablation"]:
         return None
@@ -210,10 +205,11 @@ def _ablation_section(report: dict[str, Any], scores: Sequence[str]) -> Section 
             _interval(difference, "loss", sign=True) if difference else "",
         ])  # fmt: skip
     first = report["ablation"][0]
+    equal = "as many steps" if report["declared"]["equal"] == "steps" else "equal FLOPs"
     text = (
-        f"Experts for neither, text, vision and both, after {first['steps']:,} steps of the dense model and equal "
-        f"FLOPs; mean and 95% interval over {len(first['seeds'])} seed{'s' * (len(first['seeds']) > 1)}, differences "
-        "paired by seed."
+        f"Experts for neither, text, vision and both, after {first['steps']:,} steps of the dense model and {equal} "
+        f"for the others; mean and 95% interval over {len(first['seeds'])} seed{'s' * (len(first['seeds']) > 1)}, "
+        "differences paired by seed."
     )
     return Section("Where the experts are: the paper's ablation", text, head, body)
 

@@ -19,9 +19,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from vlmoe.config import Recipe, load_recipe
 from vlmoe.config import to_mapping as recipe_mapping
-from vlmoe.model.flops import Shape
 from vlmoe.model.sizes import short
 from vlmoe.study import extend
 from vlmoe.study.collect import Row, row_of
@@ -31,7 +29,19 @@ from vlmoe.study.measure import data_shapes, mean_shapes
 from vlmoe.study.plan import duration, read_report
 from vlmoe.study.recount import CHARGE, recount
 from vlmoe.study.schedule import LOG, Job, Meter, expected_seconds, run_jobs
-from vlmoe.study.work import Work, downstream_jobs, job_of, measure_jobs, rate_of, text_tokenizer, tokenizer_jobs
+from vlmoe.study.work import (
+    Work,
+    downstream_jobs,
+    drop_branched,
+    duplicates_jobs,
+    duplicates_of,
+    job_of,
+    measure_jobs,
+    rate_of,
+    text_tokenizer,
+    tokenizer_jobs,
+    tokenizers,
+)
 from vlmoe.train.loop import pick_device
 from vlmoe.train.runlog import lock_run, machine, replace_text
 
@@ -54,19 +64,21 @@ def study(
     earlier = recount(read_report(Path(declared.extends))) if declared.extends else None  # missing: nothing is begun
     with lock_run(out):
         plan = make_plan(declared)
-        base = load_recipe(declared.recipe, declared.set)
-        shapes = data_shapes(base, text_tokenizer(base, out, declared.seeds[0], console))
+        shapes = {}
+        for world, base in plan.bases.items():
+            folder = tokenizers(out, world, declared.seeds[0])
+            shapes[world] = data_shapes(base, text_tokenizer(base, folder, declared.seeds[0], console))
         count(plan, shapes)
         if earlier is not None:
-            extend.check(earlier, _declared(plan, base))
+            extend.check(earlier, declared_part(plan))
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
-        tokenizers, timed = tokenizer_jobs(work, base), measure_jobs(work, base)
+        shared, timed = tokenizer_jobs(work), measure_jobs(work)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
-        for job in [*tokenizers, *timed, *(job_of(work, r) for r in (sweep or main))]:
+        for job in [*shared, *timed, *(job_of(work, r) for r in (sweep or main))]:
             job.check()
         replace_text(out / DECLARED, OmegaConf.to_yaml(OmegaConf.create(to_mapping(declared))))
-        _run(work, tokenizers, "tokenizers")
-        for job in tokenizers:  # nothing goes without them
+        _run(work, shared, "tokenizers")
+        for job in shared:  # nothing goes without them
             if not job.done:
                 why = f"{job.read()['error']} (--retry tries again)" if job.failed else "the budget is used up"
                 raise StudyError(f"{job.id}: {why}; see {job.folder / LOG}")
@@ -74,30 +86,32 @@ def study(
         show_runs(work)
         if dry_run:
             return None
+        _run(work, [*duplicates_jobs(work).values()], "looking for held-out samples in training")
         if sweep:
             _run(work, [job_of(work, r) for r in sweep], "learning rates")
             _choose_rates(work)
         if all(rate is not None for rate in (rate_of(work, r) for r in main)):
             _run(work, [job_of(work, r) for r in main], "runs")
             _run(work, downstream_jobs(work), "downstream tasks")
-        return _report(work, base, earlier)
+        return _report(work, earlier)
 
 
-def _declared(plan: Plan, base: Recipe) -> dict[str, Any]:
-    """The part of the report that is known before anything runs."""
-    study = plan.study
+def declared_part(plan: Plan) -> dict[str, Any]:
+    """The part of the report that is known before anything runs. recipe: the study's own, in its first world."""
+    study, base = plan.study, next(iter(plan.bases.values()))
     return {
         "name": study.name, "about": study.about, "declared": to_mapping(study), "base": study.recipe,
         "recipe": recipe_mapping(base), "models": {m.name: _about(m) for m in plan.models.values()},
+        "recipes": {world: recipe_mapping(recipe) for world, recipe in plan.bases.items()},
         "ablation_models": plan.ablation,
     }  # fmt: skip
 
 
-def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[str, Any]:
+def _report(work: Work, earlier: dict[str, Any] | None) -> dict[str, Any]:
     from vlmoe.study.report import write_report  # matplotlib is slow to import
 
     rows = rows_of(work)
-    declared = work.plan.study
+    declared, base = work.plan.study, next(iter(work.plan.bases.values()))
     sweep = {
         side: {
             "best": rate,
@@ -106,9 +120,10 @@ def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[st
         }
         for side, rate in work.rates.items()
     }
-    about = _declared(work.plan, base) | {
+    about = declared_part(work.plan) | {
         "sweep": sweep, "notes": work.notes,
-        "padding": _padding(work.shapes, base), "shapes": mean_shapes(work.shapes),
+        "duplicates": duplicates_of(work),
+        "padding": _padding(work), "shapes": mean_shapes([batch for s in work.shapes.values() for batch in s]),
         "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
         "machine": machine(pick_device(base.train.device)) | {"threads": 1}, "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -121,7 +136,8 @@ def _report(work: Work, base: Recipe, earlier: dict[str, Any] | None) -> dict[st
 
 def _about(model: Model) -> dict[str, Any]:
     return {
-        "side": model.side, "twin": model.twin, "settings": model.settings, "steps": model.steps, "seeds": model.seeds,
+        "side": model.side, "kind": model.kind, "world": model.world.name, "twin": model.twin,
+        "settings": model.settings, "steps": model.steps, "seeds": model.seeds,
         "model": recipe_mapping(model.recipe)["model"], "flops_per_token": model.cost.charge_per_token,
         "flops_computed_per_token": model.cost.flops_per_token,
         "memory_predicted": model.cost.memory.peak, "params_total": model.cost.sizes.params_total,
@@ -129,11 +145,10 @@ def _about(model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _padding(shapes: Sequence[Sequence[Shape]], base: Recipe) -> float:
-    """Share of the positions that are padding."""
-    flat = [s for batch in shapes for s in batch]
-    positions = sum(s.positions(base.model) for s in flat)
-    return 1 - sum(s.tokens(base.model) for s in flat) / positions
+def _padding(work: Work) -> float:
+    """Share of the positions that are padding, in all worlds."""
+    flat = [(s, work.plan.bases[world].model) for world, shapes in work.shapes.items() for b in shapes for s in b]
+    return 1 - sum(s.tokens(model) for s, model in flat) / sum(s.positions(model) for s, model in flat)
 
 
 def _run(work: Work, jobs: list[Job], what: str) -> None:
@@ -150,6 +165,7 @@ def _run(work: Work, jobs: list[Job], what: str) -> None:
         if not event:
             return
         done += 1
+        drop_branched(work)
         rest = expected_seconds(left, work.jobs_at_a_time)
         took = f"{duration(time.monotonic() - began)} gone, about {duration(rest)} left"
         work.console.print(
@@ -216,7 +232,7 @@ def show_runs(work: Work) -> None:
     """The list of runs with what each will cost, a line for each model and length, and the whole's time against the
     budget."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
-    for column in ("model", "steps", "seeds", "tokens", "FLOPs", "x dense", "memory", "each", "status"):
+    for column in ("model", "steps", "seeds", "tok/par", "FLOPs", "x dense", "memory", "each", "status"):
         table.add_column(column, justify="left" if column in ("model", "status") else "right", no_wrap=True)
     jobs = [job_of(work, run) for run in work.plan.runs]
     lines: dict[tuple[str, int], list[tuple[Run, Job]]] = {}
@@ -230,12 +246,13 @@ def show_runs(work: Work) -> None:
         ratio = f"{model.cost.charge_per_token / twin.cost.charge_per_token:.3f}" if twin else ""
         memory = work.measured(model).get("memory", model.cost.memory.peak)
         counts = Counter(job.status for _, job in members)
+        saturation = short(run.tokens / (twin or model).params_active)
         table.add_row(
-            name, f"{steps:,}", " ".join(str(r.seed) for r, _ in members), short(run.tokens), short(run.flops), ratio,
+            name, f"{steps:,}", " ".join(str(r.seed) for r, _ in members), saturation, short(run.flops), ratio,
             f"{memory / 2**20:.3g}M", duration(job.seconds), ", ".join(f"{n} {s}" for s, n in counts.items()),
         )  # fmt: skip
     work.console.print(table)
-    total, todo = sum(run.flops for run in work.plan.runs), [j for j in jobs if j.status in ("to do", "stopped")]
+    total, todo = sum(job.flops for job in jobs), [j for j in jobs if j.status in ("to do", "stopped")]
     seconds = expected_seconds(jobs, work.jobs_at_a_time)
     tasks = work.plan.study.downstream
     after = f"; then {', '.join(tasks.tasks)} for {', '.join(tasks.models)}, not in this time" if tasks.tasks else ""
@@ -243,6 +260,12 @@ def show_runs(work: Work) -> None:
         f"{len(jobs)} runs, {len(todo)} to do, {short(total)} FLOPs in all; about {duration(seconds)} with "
         f"{work.jobs_at_a_time} at a time{after}", highlight=False,
     )  # fmt: skip
+    if any(job.began_at for job in jobs):
+        apart = short(sum(run.flops for run in work.plan.runs))
+        work.console.print(
+            f"Lengths of a model are branches of one training: from nothing, as the table counts them, they would take "
+            f"{apart} FLOPs", highlight=False,
+        )  # fmt: skip
     budget = work.plan.study.budget
     if budget.hours is not None:
         over = "; what does not fit is left out" if seconds > work.meter.left else ""

@@ -30,13 +30,16 @@ from vlmoe.train.signals import StopRequest
 USED = "used.json"
 GRACE = 60.0  # seconds that a job told to stop has for its checkpoint
 POLL = 0.05
-MOVED = ("run.dir", "data.visual_tokenizer.path", "tokenizers", "init")  # change when a study's folder is moved
+# change when a study's folder is moved
+MOVED = ("run.dir", "data.visual_tokenizer.path", "tokenizers", "init", "branch_from")
 FREE = (*MOVED, "recipe.about")  # what a recipe says of itself may be put into other words
 
 
 @dataclass
 class Job:
-    """spec: what job.json says, None while that is not known. seconds: expected. flops, steps: of its training."""
+    """spec: what job.json says, None while that is not known. seconds: expected. steps: at its end. began_at: the step
+    at which it branches off another run, 0 for none. flops: of what it trains itself. start: the checkpoint it waits
+    for."""
 
     id: str
     folder: Path
@@ -44,6 +47,8 @@ class Job:
     seconds: float = 0.0
     flops: float = 0.0
     steps: int = 0
+    began_at: int = 0
+    start: Path | None = None
 
     @property
     def done(self) -> bool:
@@ -61,11 +66,26 @@ class Job:
 
     @property
     def share_done(self) -> float:
-        """Of its steps, by its log."""
+        """Of the steps it makes itself, by its log."""
         if self.done:
             return 1.0
         records = read_lines(self.folder / METRICS) if self.steps else []
-        return records[-1]["step"] / self.steps if records else 0.0
+        made = records[-1]["step"] - self.began_at if records else 0
+        return max(0.0, made / (self.steps - self.began_at)) if self.steps else 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self.start is None or self.start.is_dir()
+
+    @property
+    def trunk(self) -> Path | None:
+        """The folder of the run that it branches off."""
+        return None if self.start is None else self.start.parent.parent
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether what it waits for will never be there: it is looked for last, when the other run has ended."""
+        return self.trunk is not None and (self.trunk / FAILED).is_file() and not self.ready
 
     def read(self) -> dict[str, Any]:
         return read_json(self.folder / (RESULT if self.done else FAILED), nan=True)
@@ -129,8 +149,9 @@ class _Running:
 def run_jobs(
     jobs: Sequence[Job], at_a_time: int, meter: Meter, say: Callable[[str, list[Job]], None], retry: bool = False
 ) -> int | None:
-    """Run what is not done, in order. say(event, jobs left): called when a job ends ("ID: done"), and every second
-    with "". A job that no longer fits into the budget is left out, and a shorter one after it may still run.
+    """Run what is not done, in order, but for jobs that wait for another's checkpoint. say(event, jobs left): called
+    when a job ends ("ID: done"), and every second with "". A job that no longer fits into the budget is left out, and
+    a shorter one after it may still run.
 
     Returns the signal that stopped it, or None.
     """
@@ -146,15 +167,19 @@ def run_jobs(
             if stop.number is not None or meter.left <= 0:
                 _end(running, say)
                 break
-            while waiting and len(running) < at_a_time:
+            while orphan := next((j for j in waiting if j.orphaned), None):
+                waiting.remove(orphan)
+                _record_without_trunk(orphan)
+                say(f"{orphan.id}: {orphan.status}", [p.job for p in running] + waiting)
+            while len(running) < at_a_time and (ready := [j for j in waiting if j.ready]):
                 busy = sum((1 - p.job.share_done) * p.job.flops for p in running)
-                fits = next((j for j in waiting if meter.fits(j, busy)), None)
+                fits = next((j for j in ready if meter.fits(j, busy)), None)
                 if fits is None:
-                    if not running:
-                        waiting = []
                     break
                 waiting.remove(fits)
                 running.append(_start(fits))
+            if not running:  # nothing fits, or what others wait for has been left out
+                break
             time.sleep(POLL)
             for one in [p for p in running if not p.process.is_alive()]:
                 running.remove(one)
@@ -194,6 +219,14 @@ def _record(one: _Running, stopping: bool) -> None:
     replace_text(job.folder / FAILED, json.dumps({"error": why}))
 
 
+def _record_without_trunk(job: Job) -> None:
+    """A job whose start will never be there has failed with the run that was to make it."""
+    assert job.trunk is not None and job.start is not None
+    why = read_json(job.trunk / FAILED, nan=True)["error"]
+    text = f"not begun: {job.trunk.name}, from whose {job.start.name} it was to go on, failed: {why}"
+    replace_text(job.folder / FAILED, json.dumps({"error": text}))
+
+
 def _end(running: list[_Running], say: Callable[[str, list[Job]], None]) -> None:
     """Tell all jobs to stop, wait for their checkpoints, and kill what does not end."""
     for one in running:
@@ -210,9 +243,24 @@ def _end(running: list[_Running], say: Callable[[str, list[Job]], None]) -> None
 
 
 def expected_seconds(jobs: Iterable[Job], at_a_time: int) -> float:
-    """On the clock, for what is not done: each job goes to the lane that is free first."""
-    lanes = [0.0] * at_a_time
-    for job in jobs:
-        if not job.done and not job.failed:
-            lanes[lanes.index(min(lanes))] += job.seconds * (1 - job.share_done)
+    """On the clock, for what is not done: of the jobs that can begin, the first goes to the lane that is free first."""
+    lanes, waiting = [0.0] * at_a_time, [job for job in jobs if not job.done and not job.failed]
+    shares = {job.folder: job.share_done for job in waiting}
+    begins: dict[Path, tuple[float, Job]] = {}  # folder -> when it begins
+
+    def earliest(job: Job) -> float:
+        if job.trunk is None or job.ready:
+            return 0.0
+        if job.trunk not in begins:
+            return float("inf") if any(job.trunk == other.folder for other in waiting) else 0.0
+        at, trunk = begins[job.trunk]
+        share = (job.began_at - trunk.began_at) / (trunk.steps - trunk.began_at)
+        return at + trunk.seconds * max(0.0, share - shares[trunk.folder])
+
+    while waiting:
+        lane = lanes.index(min(lanes))
+        job = min(waiting, key=lambda j: max(lanes[lane], earliest(j)))
+        begins[job.folder] = at, _ = max(lanes[lane], earliest(job)), job
+        lanes[lane] = at + job.seconds * (1 - shares[job.folder])
+        waiting.remove(job)
     return max(lanes)

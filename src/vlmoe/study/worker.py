@@ -1,7 +1,8 @@
 """One job of a study, in a process of its own with one thread.
 
 Its folder holds job.json, {"kind": ..., ...}; the job leaves result.json there when it is complete. Kinds: tokenizers
-(of a seed, shared by its runs), measure (time and memory of a step), train (pre-train, then held-out loss), finetune.
+(of a seed, shared by its runs), measure (time and memory of a step), duplicates (of held-out samples in training),
+train (pre-train, then held-out scores), finetune.
 Exit codes: 0 done, 1 failed (failed.json says why), 128 + signal stopped, to go on from its checkpoint.
 """
 
@@ -24,19 +25,24 @@ from rich.console import Console
 
 from vlmoe.config import Recipe, UserError, from_mapping, load_finetune, read_json
 from vlmoe.data.batch import Batch
+from vlmoe.data.duplicates import seen_in_training
 from vlmoe.data.loader import held_out, held_out_size
+from vlmoe.data.sources import held_out_splits
 from vlmoe.data.workers import STOP_SIGNALS
 from vlmoe.evaluate.downstream import evaluate_task
 from vlmoe.evaluate.masked import losses, text_scores, words_right
+from vlmoe.evaluate.names import name_scores
 from vlmoe.study.measure import measure_step
 from vlmoe.tasks.export import Pretrained, load_pretrained
+from vlmoe.train.branch import began_at
 from vlmoe.train.finetune import finetune
 from vlmoe.train.loop import pick_device
 from vlmoe.train.pretrain import prepare_text_tokenizer, prepare_visual_tokenizer, pretrain
 from vlmoe.train.runlog import EVENTS, METRICS, read_lines, replace_text
 
 JOB, RESULT, FAILED, LOG = "job.json", "result.json", "failed.json", "log.txt"
-SPLIT = "val"
+SPLIT = "val"  # known things in known drawings, new scenes: recall
+NEW = ("drawing", "font", "unseen")  # what training never shows: drawings of known things, things
 WORD_VIEWS = ("seen", "blind")  # with the image and without
 
 
@@ -47,6 +53,8 @@ def do(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], int | None]:
     recipe = from_mapping(job["recipe"], origin=str(folder / JOB))
     if job["kind"] == "train":
         return _train(recipe, folder)
+    if job["kind"] == "duplicates":
+        return seen_in_training(recipe, splits_of(recipe), recipe.eval.samples, job["steps"]), None
     console = Console()
     device = pick_device(recipe.train.device)
     tokenizers = Path(job.get("tokenizers", folder))
@@ -64,11 +72,16 @@ def _train(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], int | None]:
     records = read_lines(folder / METRICS)
     # After a roll-back the steps since the checkpoint are done once more, on other data; they cost all the same.
     repeated = sum(e["step"] - e["to"] for e in read_lines(folder / EVENTS) if e["event"] == "rolled back")
+    began = time.perf_counter()
+    scores = held_out_scores(load_pretrained(folder, pick_device(recipe.train.device)), recipe)
     return {
+        "evaluation_seconds": time.perf_counter() - began,
         "seconds": records[-1]["seconds"],
+        "launch_seconds": done.seconds,
+        "began_at": began_at(folder),
         "wait_share": sum(r["wait_share"] for r in records) / len(records),
         "repeated": repeated,
-        **held_out_scores(load_pretrained(folder, pick_device(recipe.train.device)), recipe),
+        **scores,
     }, None
 
 
@@ -88,15 +101,17 @@ def _finetune(job: dict[str, Any], folder: Path) -> tuple[dict[str, Any], int | 
 def held_out_scores(trained: Pretrained, recipe: Recipe) -> dict[str, float]:
     """loss (hidden words + hidden patches, nats), each of them, accuracy on hidden words with and without the image, in
     all and by word class where the data knows it ("seen:name", "blind:name"); of pairs, or else of the kind that the
-    run trains on. Where it trains on texts beside pairs: loss_texts, of their hidden words, and "text:name"."""
+    run trains on. Where it trains on texts beside pairs: loss_texts, of their hidden words, and "text:name". Of pairs
+    in every split of `splits_of`: "drawing:loss", and where names are known the share of whole ones told rightly with
+    the image and without ("drawing:names", "drawing:names_blind")."""
     kind = next(k for k in ("pair", "image", "text") if getattr(recipe.data.batch, k))
     device = pick_device(recipe.train.device)
 
-    def batches(kind: str = kind, factors: bool = False) -> Iterable[Batch]:
-        count = min(recipe.eval.samples, held_out_size(recipe, SPLIT, kind))
+    def batches(kind: str = kind, factors: bool = False, split: str = SPLIT) -> Iterable[Batch]:
+        count = min(recipe.eval.samples, held_out_size(recipe, split, kind))
         for start in range(0, count, recipe.eval.batch):
             size = min(recipe.eval.batch, count - start)
-            yield held_out(recipe, trained.text_tokenizer, SPLIT, kind, start, size, factors).to(device)
+            yield held_out(recipe, trained.text_tokenizer, split, kind, start, size, factors).to(device)
 
     found = losses(trained.model, batches())
     scores = {"loss": found["sum"]}
@@ -105,12 +120,24 @@ def held_out_scores(trained: Pretrained, recipe: Recipe) -> dict[str, float]:
         text = text_scores(trained.model, batches(factors=True))
         scores |= {"accuracy_words": text["seen"]["accuracy"], "accuracy_blind": text["blind"]["accuracy"]}
         scores |= {f"{view}:{word}": by[view] for view in WORD_VIEWS for word, by in text["by_word_class"].items()}
+        for split in splits_of(recipe):
+            apart = list(batches("pair", True, split))
+            scores[f"{split}:loss"] = scores["loss"] if split == SPLIT else losses(trained.model, apart)["sum"]
+            if names := name_scores(trained.model, apart, trained.text_tokenizer.mask_id):
+                scores[f"{split}:names"] = names["seen"]["accuracy"]
+                scores[f"{split}:names_blind"] = names["blind"]["accuracy"]
         if recipe.data.batch.text:
             texts = list(batches("text", factors=True))
             scores["loss_texts"] = losses(trained.model, texts)["mlm"]
             known = words_right(trained.model, texts)
             scores |= {f"text:{word}": share for word, share in known.items()}
     return scores
+
+
+def splits_of(recipe: Recipe) -> list[str]:
+    """Those in which a run is scored: `SPLIT` and, of `NEW`, what its data offers."""
+    offered = held_out_splits(recipe, "pair")
+    return [split for split in (SPLIT, *NEW) if split in offered]
 
 
 def main(folder: Path) -> None:

@@ -89,6 +89,8 @@ class StepOutput:
 
 
 class Task(nn.Module, ABC):
+    measuring = True  # whether someone will read the metrics and layers of the next outputs; else they may be empty
+
     @abstractmethod
     def forward(self, batches: dict[str, Batch]) -> StepOutput:
         """Losses of one micro-batch. batches: "image", "text", "pair" -> Batch, those the recipe asks for."""

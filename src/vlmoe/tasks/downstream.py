@@ -100,7 +100,7 @@ class Downstream(Task):
     def output(self, loss: Summed, outputs: Sequence[BackboneOutput], **metrics: Tensor) -> StepOutput:
         """The step's output with the routing of all passes through the backbone."""
         routed: list[tuple[str, RoutingStats]] = [item for output in outputs for item in output.stats.items()]
-        routing = summarise_routing(routed)
+        routing = summarise_routing(routed, self.measuring)
         named = {f"{self.task}/{name}": value.detach() for name, value in metrics.items()}
         named = {f"{self.task}/loss": loss.mean.detach()} | named
         losses = {self.task: loss} | routing.losses

@@ -68,19 +68,19 @@ class MaskedDataModelling(Task):
 
     def forward(self, batches: dict[str, Batch]) -> StepOutput:
         losses: dict[str, Summed] = {}
-        metrics: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
         routed: list[tuple[str, RoutingStats]] = []
         for kind, batch in batches.items():
             output = self.run(batch)
             routed += output.stats.items()
-            if hides_patches(batch):
-                name = f"{kind}/mim"
-                losses[name], metrics[f"{name}_accuracy"] = self._mim(batch, output)
-            if batch.text_BT is not None:
-                name = f"{kind}/mlm"
-                losses[name], metrics[f"{name}_accuracy"] = self._mlm(batch, output)
-        routing = summarise_routing(routed)
-        metrics = {name: loss.mean.detach() for name, loss in losses.items()} | metrics | routing.metrics
+            for objective, (logits_MV, target_M) in self._heads(batch, output).items():
+                name = f"{kind}/{objective}"
+                losses[name] = _cross_entropy(logits_MV, target_M)
+                if self.measuring:
+                    scores[f"{name}_accuracy"] = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
+        routing = summarise_routing(routed, self.measuring)
+        means = {name: loss.mean.detach() for name, loss in losses.items()} if self.measuring else {}
+        metrics = means | scores | routing.metrics
         return StepOutput(pool(losses) | routing.losses, metrics, routing.load, routing.layers, routing.spans)
 
     def predictions(self, batches: dict[str, Batch]) -> dict[str, int]:
@@ -98,12 +98,7 @@ class MaskedDataModelling(Task):
 
     def losses(self, batch: Batch) -> dict[str, Summed]:
         """ "mlm", "mim" -> loss of one batch, where it has predictions of that sort."""
-        output, found = self.run(batch), {}
-        if batch.text_BT is not None:
-            found["mlm"] = self._mlm(batch, output)[0]
-        if hides_patches(batch):
-            found["mim"] = self._mim(batch, output)[0]
-        return found
+        return {name: _cross_entropy(*found) for name, found in self._heads(batch, self.run(batch)).items()}
 
     def tokens(self, batches: dict[str, Batch]) -> int:
         total = 0
@@ -114,19 +109,28 @@ class MaskedDataModelling(Task):
                 total += int(batch.valid_BT.sum())
         return total
 
-    def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Summed, Tensor]:
+    def _heads(self, batch: Batch, output: BackboneOutput) -> dict[str, tuple[Tensor, Tensor]]:
+        """ "mim", "mlm" -> logits and targets of the hidden patches and tokens."""
+        found = {}
+        if hides_patches(batch):
+            found["mim"] = self._mim(batch, output)
+        if batch.text_BT is not None:
+            found["mlm"] = self._mlm(batch, output)
+        return found
+
+    def _mim(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor]:
         if self.visual_tokenizer is None:
             raise ValueError("masked image modelling needs a visual tokenizer; this model was built without one")
         hidden_M = batch.hidden_patches()
-        target_M = self.visual_tokenizer.encode(batch).flatten().index_select(0, hidden_M)
+        target_M = self.visual_tokenizer.targets(batch)
         x_MD = output.features("vision")[:, 1:].flatten(0, 1).index_select(0, hidden_M)  # the class token has no code
-        return _predict(self.image_head(x_MD), target_M)
+        return self.image_head(x_MD), target_M
 
-    def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Summed, Tensor]:
+    def _mlm(self, batch: Batch, output: BackboneOutput) -> tuple[Tensor, Tensor]:
         assert batch.target_BT is not None
         hidden_M = batch.hidden_tokens()
         x_MD = output.features("text").flatten(0, 1).index_select(0, hidden_M)
-        return _predict(self.text_logits(x_MD), batch.target_BT.flatten().index_select(0, hidden_M))
+        return self.text_logits(x_MD), batch.target_BT.flatten().index_select(0, hidden_M)
 
 
 def hides_patches(batch: Batch) -> bool:
@@ -148,11 +152,9 @@ def pool(losses: dict[str, Summed]) -> dict[str, Summed]:
     return found
 
 
-def _predict(logits_MV: Tensor, target_M: Tensor) -> tuple[Summed, Tensor]:
-    """Cross-entropy in float32, and accuracy."""
-    logits_MV = logits_MV.float()
-    accuracy = (logits_MV.detach().argmax(dim=-1) == target_M).float().mean()
-    return Summed(F.cross_entropy(logits_MV, target_M, reduction="sum"), len(target_M)), accuracy
+def _cross_entropy(logits_MV: Tensor, target_M: Tensor) -> Summed:
+    """In float32."""
+    return Summed(F.cross_entropy(logits_MV.float(), target_M, reduction="sum"), len(target_M))
 
 
 @dataclass
@@ -167,11 +169,11 @@ class RoutingSummary:
     spans: dict[str, Span]
 
 
-def summarise_routing(routed: Iterable[tuple[str, RoutingStats]]) -> RoutingSummary:
+def summarise_routing(routed: Iterable[tuple[str, RoutingStats]], measuring: bool = True) -> RoutingSummary:
     """Join the routing of several passes through the same layers.
 
-    routed: ("block/modality", stats) once for each pass. A layer's loss is the token-weighted mean over its passes, so
-    that each token counts once; layers are summed.
+    routed: ("block/modality", stats) once for each pass. measuring: with metrics and layers. A layer's loss is the
+    token-weighted mean over its passes, so that each token counts once; layers are summed.
     """
     passes: dict[str, list[RoutingStats]] = {}
     for name, stats in routed:
@@ -181,7 +183,6 @@ def summarise_routing(routed: Iterable[tuple[str, RoutingStats]]) -> RoutingSumm
     for name, layer in passes.items():
         modality = name.rsplit("/", 1)[1]
         tokens = torch.stack([s.tokens for s in layer])
-        share = tokens.float() / tokens.sum().clamp_min(1)
         total = (torch.stack([s.loss for s in layer]) * tokens).sum()
         found.losses[f"{ROUTING}/{name}"] = Summed(total, tokens.sum())
         found.load[name] = load_E = torch.stack([s.load_E for s in layer]).sum(dim=0).detach()
@@ -189,6 +190,9 @@ def summarise_routing(routed: Iterable[tuple[str, RoutingStats]]) -> RoutingSumm
         if sums:
             probability_E = torch.stack([s.probability_E for s in sums]).sum(dim=0)
             found.spans[name] = Span(load_E, probability_E, tokens.sum(), sums[0].weight, sums[0].scope)
+        if not measuring:
+            continue
+        share = tokens.float() / tokens.sum().clamp_min(1)
         values = {key: (torch.stack([s.losses[key] for s in layer]) * share).sum() for key in layer[0].losses}
         values["entropy"] = (torch.stack([s.entropy for s in layer]) * share).sum()
         values["max_load"] = load_E.max() / load_E.float().mean().clamp_min(1e-9)  # 1 is even

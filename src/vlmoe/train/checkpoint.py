@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 FORMAT, UNSEALED = 4, 3
 # Keys that may differ between a checkpoint and the recipe that goes on from it: none of them enters the numbers.
 FREE_KEYS = re.compile(
-    r"(name|about|init_allow_inexact|run\..*|eval\.(samples|batch|pictures)|data\.workers|data\.max_bad_share"
-    r"|train\.(log_every|watch_every|checkpoint_every|keep|device))"
+    r"(name|about|init_allow_inexact|branch_from|run\..*|eval\.(samples|batch|pictures)|data\.workers"
+    r"|data\.max_bad_share|train\.(log_every|watch_every|checkpoint_every|keep|keep_at(\[\d+\])?|device))"
 )
 
 LENGTH = ("train.steps", "train.decay_steps")  # free while the schedule has been the same constant up to here
@@ -97,20 +98,26 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints; call it when the newest is known to be good.
-
-    Each is renamed first, so that a half-deleted folder never passes for a checkpoint.
-    """
+def prune(folder: Path, keep: int, keep_at: Collection[int] = ()) -> None:
+    """Delete all but the `keep` newest checkpoints and those of the steps `keep_at`; call it when the newest is known
+    to be good."""
     for step in steps_in(folder)[: -max(1, keep)]:
-        doomed = folder / f".step-{step}.old-{os.getpid()}"
-        os.rename(folder / f"step-{step}", doomed)
-        shutil.rmtree(doomed)
+        if step not in keep_at:
+            remove(folder / f"step-{step}")
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint. It is renamed first, so that a half-deleted folder never passes for one."""
+    doomed = path.with_name(f".{path.name}.old-{os.getpid()}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-def save(folder: Path, state: State, task: Task, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write `folder/step-N`, then remove all but the `keep` newest checkpoints.
+def save(
+    folder: Path, state: State, task: Task, optimizer: torch.optim.Optimizer, keep: int, keep_at: Collection[int] = ()
+) -> Path:
+    """Write `folder/step-N`, then `prune`.
 
     Raises:
         CheckpointError: the files cannot be written (disk full, no permission). Older checkpoints are untouched and
@@ -131,7 +138,29 @@ def save(folder: Path, state: State, task: Task, optimizer: torch.optim.Optimize
             + (f"The newest one is {kept}. " if kept else "There is no older one. ")
             + "Make room or choose another run.dir, then start again"
         ) from None
-    prune(folder, keep)
+    prune(folder, keep, keep_at)
+    return final
+
+
+def copy(source: Path, folder: Path) -> Path:
+    """Put a copy of the checkpoint `source` into another run's `checkpoints` folder, whole or not at all.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or cannot be copied.
+    """
+    _checked(source, [MODEL, OPTIMIZER])
+    final = folder / source.name
+    temporary = folder / f".{source.name}.tmp-{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        for path in [*temporary.iterdir(), temporary]:
+            _fsync(path)
+        os.rename(temporary, final)  # the commit
+        _fsync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{source}: cannot be copied to {folder}: {error}") from None
     return final
 
 
@@ -296,7 +325,8 @@ def _how_to_go_on(path: Path) -> str:
     return (
         "The learning rate up to this checkpoint depends on train.steps. To train its weights further, start a run "
         f"from them: init={run} seed=ANOTHER run.dir=ANOTHER train.steps=MORE (the run must be finished). A run with "
-        "train.schedule=constant_decay can be made longer as long as its checkpoint lies in the constant phase"
+        "train.schedule=constant_decay can be made longer as long as its checkpoint lies in the constant phase, and "
+        "others branch off one that it kept there (train.keep_at, branch_from)"
     )
 
 

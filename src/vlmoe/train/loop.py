@@ -176,7 +176,8 @@ class Trainer:
         if found is not None:
             checkpoint.check_recipe(found, recipe)
             self.state = checkpoint.restore(found, self.task, self.optimizer)
-            checkpoint.prune(self.folder, self.config.keep)  # an earlier launch may have died before it could
+            # an earlier launch may have died before it could
+            checkpoint.prune(self.folder, self.config.keep, self.config.keep_at)
         if self.validation is not None:
             for name, value in self.state.validation.items():
                 setattr(self.validation, name, value)
@@ -233,7 +234,6 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------- loop
     def _loop(self, display: Display) -> int | None:
         """Steps until the end or a signal. Returns the signal's number or None."""
-        config = self.config
         self.budget = BadBudget(self.run_dir / SKIPPED, self.recipe.data.max_bad_share)
         if self.state.bad:
             self.budget.load_state_dict(self.state.bad)
@@ -249,7 +249,7 @@ class Trainer:
                     data, self.data_moved = self._open_data(display), False
                     continue
                 self._validate(display)
-                if self.state.step % config.checkpoint_every == 0 and not self._ended() and self._healthy(display):
+                if not self._ended() and self._worth_saving(display):
                     self._save()
             complete = self._ended()
             if complete:
@@ -279,6 +279,13 @@ class Trainer:
             )
         )
 
+    def _worth_saving(self, display: Display) -> bool:
+        """Whether a checkpoint is due. One that is to be kept is made of a state that is not to return to as well."""
+        kept = self.state.step in self.config.keep_at
+        if not kept and self.state.step % self.config.checkpoint_every:
+            return False
+        return self._healthy(display) or (kept and not self.data_moved)
+
     def _healthy(self, display: Display) -> bool:
         """Whether this is a state to return to. What the guard holds back it may still have to undo."""
         if self.guard is None:
@@ -295,6 +302,9 @@ class Trainer:
         outputs: list[StepOutput] = []
         records: list[dict[str, Tensor]] = []
         load: dict[str, Tensor] = {}
+        last = number == config.steps
+        logged, looked_at = number % config.log_every == 0 or last, self.watch.due(number)
+        self.task.measuring = logged or looked_at or self.guard is None  # without it, an error lists them
         micro_batches, predictions = self._next(data)
         for i, batches in enumerate(micro_batches):
             self.watch.see(batches)
@@ -311,7 +321,7 @@ class Trainer:
             load = _sum([load, output.load])
         grad_norm = clip_gradients(self.task, config.clip)
         self.watch.count(load)
-        watched = self.watch.look(outputs) if self.watch.due(number) else {}
+        watched = self.watch.look(outputs) if looked_at else {}
         records = [record | {"grad_norm": grad_norm} for record in records]
         ok = self._admit(number, records)
         self.optimizer.step()
@@ -321,8 +331,7 @@ class Trainer:
         self.state.step = number
         self.state.micro_step += config.accumulate
         self.last_loss = torch.stack([record["loss"] for record in records]).double().mean()
-        last = number == config.steps
-        if number % config.log_every == 0 or last:
+        if logged:
             means = _mean(records)
             self._record(display, {"loss": means.pop("loss"), "lr": rate, **means})
         if load and (watched or last or number % routing_every(config) == 0):
@@ -467,7 +476,7 @@ class Trainer:
             guard=copy.deepcopy(self.guard.state) if self.guard is not None else {},
             watch=self.watch.state(),
         )
-        path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep)
+        path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep, self.config.keep_at)
         self.saved_step = self.state.step
         self.log.event("checkpoint", step=self.state.step, path=str(path.relative_to(self.run_dir)))
 

@@ -22,6 +22,7 @@ from vlmoe.tasks.init import continue_from
 from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.tasks.upcycling import Upcycled, fill_experts
 from vlmoe.train import checkpoint
+from vlmoe.train.branch import branch_off
 from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
 from vlmoe.train.runlog import lock_run, note_event
 
@@ -40,6 +41,8 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     console.print(describe(recipe.name, recipe.model), highlight=False, markup=False)
     with lock_run(run_dir):  # from here on: two launches must not train the same tokenizers either
         found = checkpoint.newest(run_dir / CHECKPOINTS)
+        if found is None and recipe.branch_from:
+            found = branch_off(recipe, run_dir, [TOKENIZERS])
         if found is not None:  # before the tokenizers, which belong to the recipe as well
             checkpoint.check_recipe(found, recipe)
         start = load_pretrained(recipe.init) if recipe.init and found is None else None

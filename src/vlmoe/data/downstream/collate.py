@@ -13,7 +13,6 @@ import torch
 
 from vlmoe.config import ModelConfig
 from vlmoe.data.batch import IGNORE, Batch
-from vlmoe.data.collate import ROUND_TO
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.masking import mask_tokens
 from vlmoe.data.text_tokenizer import TextTokenizer
@@ -93,7 +92,7 @@ class Prepare:
         batch.image_BCHW = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).contiguous()
 
     def _add_texts(self, batch: Batch, rows: list[list[int]]) -> None:
-        T = min(-(-max(map(len, rows)) // ROUND_TO) * ROUND_TO, self.model.max_text)
+        T = max(map(len, rows))
         text_BT = np.full((len(rows), T), self.tokenizer.pad_id, dtype=np.int64)
         for b, row in enumerate(rows):
             text_BT[b, : len(row)] = row

@@ -78,6 +78,13 @@ class World:
             return self._say(draws)[0]
         return self._caption(self._make(draws), draws)[0] if self.kind == "pair" else None
 
+    def identity(self, index: int) -> tuple[object, str]:
+        """What tells pair `index` from others, without drawing it: where the first part is equal, so are the pictures;
+        the second is the caption."""
+        draws = Draws(self._key(index))
+        scene = self._make(draws)
+        return (frozenset(scene.objects), scene.background), self._caption(scene, draws)[0]
+
     def scene(self, index: int) -> Scene:
         """The ground truth of sample `index`. Raises ValueError for a text that states a fact."""
         draws = Draws(self._key(index))

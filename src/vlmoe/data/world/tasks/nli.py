@@ -7,7 +7,7 @@ the class. In a world of several languages the two are in different ones, so tha
 
 from __future__ import annotations
 
-from vlmoe.config import WorldConfig
+from vlmoe.config import RecipeError, WorldConfig
 from vlmoe.data.world.captions import name_pieces
 from vlmoe.data.world.concepts import Concept, in_play
 from vlmoe.data.world.draws import Draws
@@ -29,6 +29,11 @@ class Entailment:
             "place": list(places_of(config.grid)),
         }
         self.attributes = [a for a in ATTRIBUTES if len(self.values[a]) > 1]
+        if len(self.attributes) < 2:
+            raise RecipeError(
+                f"key 'data.world.colours' got {config.colours}, wanted at least 2 for nli where grid is "
+                f"{config.grid}: its things differ in their size alone"
+            )
         self.wording = "mismatched" if split == "mismatched" else "matched"
         self.languages = languages_of(config.languages)
 

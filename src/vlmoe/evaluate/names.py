@@ -1,0 +1,70 @@
+"""What is it called? A thing's whole name told from its picture, every word of it hidden and nothing else.
+
+Shape suffixes: B batch · T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.evaluate.masked import VIEWS, Tally, fill_in, with_next_images
+from vlmoe.tasks.pretrain import MaskedDataModelling
+
+NAMING = {"kind", "name"}  # word classes that together are a name: "digit" and "seven"
+
+
+def hide_names(batch: Batch, mask_id: int) -> Batch | None:
+    """The batch with the whole name of one thing hidden in every text, the first that is named, and nothing else.
+
+    Texts that name nothing are left out; None where none of them does, or the data does not know its words' classes.
+    """
+    assert batch.text_BT is not None and batch.target_BT is not None and batch.image_BCHW is not None
+    hidden_BT = torch.zeros_like(batch.target_BT, dtype=torch.bool)
+    for b, factors in enumerate(batch.token_factors):
+        classes = factors.get("word_class", [])
+        named = [t for t, word_class in enumerate(classes) if word_class in NAMING]
+        things = factors.get("object", [""] * len(classes))
+        for t in named:
+            hidden_BT[b, t] = things[t] == things[named[0]]
+    kept_B = hidden_BT.any(dim=1).nonzero().flatten()
+    if not len(kept_B):
+        return None
+    text_BT = batch.text_BT.where(batch.target_BT == IGNORE, batch.target_BT)
+    hidden_BT = hidden_BT.to(text_BT.device)
+    return replace(
+        batch,
+        keys=[batch.keys[b] for b in kept_B.tolist()],
+        image_BCHW=batch.image_BCHW[kept_B],
+        patch_mask_BP=None if batch.patch_mask_BP is None else batch.patch_mask_BP[kept_B],
+        codes_BP=None if batch.codes_BP is None else batch.codes_BP[kept_B],
+        text_BT=text_BT.masked_fill(hidden_BT, mask_id)[kept_B],
+        target_BT=text_BT.masked_fill(~hidden_BT, IGNORE)[kept_B],
+        valid_BT=None if batch.valid_BT is None else batch.valid_BT[kept_B],
+        hidden_patch_M=None,
+        hidden_token_M=None,
+        patch_factors=[],
+        token_factors=[],
+    )
+
+
+def name_scores(model: MaskedDataModelling, batches: Iterable[Batch], mask_id: int) -> dict[str, Any] | None:
+    """Share of whole names that are right in every token, for each view; `names`: how many different ones were asked;
+    `chance`: one over that. None where the data does not know which words are names."""
+    tallies, asked = {view: Tally() for view in VIEWS}, set[tuple[int, ...]]()
+    hidden = (hide_names(batch, mask_id) for batch in batches)
+    for batch, other_BCHW in with_next_images(b for b in hidden if b is not None):
+        assert batch.target_BT is not None
+        hidden_BT = batch.target_BT != IGNORE
+        for view in VIEWS:
+            right_B = ((fill_in(model, batch, view, other_BCHW) == batch.target_BT) | ~hidden_BT).all(dim=1)
+            for right in right_B.tolist():
+                tallies[view].add(int(right), 1)
+        asked |= {tuple(t for t in row if t != IGNORE) for row in batch.target_BT.tolist()}
+    if not asked:
+        return None
+    return {view: tally.summary() for view, tally in tallies.items()} | {"names": len(asked), "chance": 1 / len(asked)}
