@@ -209,7 +209,7 @@ def test_a_packaged_study_goes_on_from_committed_results(name: str, committed: s
     ("change", "said"),
     [
         ("set.8=train.warmup=3", "recipe, key 'train.warmup' is 2 there and 3 here"),
-        ("sparse.1.experts=8", "model fine, key 'text.experts' is 4 there and 8 here"),
+        ("sparse.1.experts=8", "model fine, key 'model.text.experts' is 4 there and 8 here"),
         ("expert_power=0", "key 'expert_power' is 0.5 there and 0.0 here"),
         ("extends=/nowhere", "/nowhere: no such file"),
     ],

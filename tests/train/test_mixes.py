@@ -73,7 +73,7 @@ def test_a_mix_goes_the_whole_way(runs: dict[tuple[str, ...], Path], mix: tuple[
     assert isinstance(trained, Pretrained)
     assert (trained.visual_tokenizer is not None) == (run / "model" / "visual.json").exists() == images
     assert trained.text_tokenizer.knows_words == (mix != ("image",))
-    wanted = {"pair": {"text", "image", "loss"}, "image": {"image_alone"}, "text": {"text_alone"}}
+    wanted = {"pair": {"text", "image", "restored", "loss"}, "image": {"image_alone"}, "text": {"text_alone"}}
     scores = json.loads((run / "eval.json").read_text())["splits"]["val"]
     assert set(scores) == set().union(*(wanted[kind] for kind in mix))
     assert (run / "completions.png").exists() == ("pair" in mix)

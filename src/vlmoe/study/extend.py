@@ -24,7 +24,8 @@ def check(earlier: dict[str, Any], about: dict[str, Any]) -> None:
     for world in then.keys() & now.keys():
         _same_keys(f"recipe of {world}" if world else "recipe", then[world], now[world], where)
     for name in earlier["models"].keys() & about["models"].keys():
-        _same_keys(f"model {name}", earlier["models"][name]["model"], about["models"][name]["model"], where)
+        then, now = ({"model": report["models"][name]["model"]} for report in (earlier, about))
+        _same_keys(f"model {name}", then, now, where)
 
 
 def join(earlier: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
