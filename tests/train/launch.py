@@ -61,7 +61,7 @@ def _launch(run_dir: str, moment: str, workers: int, settings: dict[str, Any]) -
     try:
         result = train(recipe, task, ToyData(bad=BAD), run_dir)
     except UserError as error:
-        print(error, file=sys.stderr)
+        # not to standard error as well: pytest captures that in a file, which a limit on files limits, too
         (Path(run_dir) / "error.txt").write_text(str(error))
         sys.exit(USER_ERROR)
     sys.exit(128 + result.stopped_by if result.stopped_by else 0)
