@@ -51,6 +51,20 @@ def test_a_bound_is_called_one() -> None:
     assert (found["bound"], found["low"]) == ("at least", None)  # its shortest run is below that loss already
 
 
+def test_there_is_none_before_all_its_runs_are_done() -> None:
+    """A length or a seed that is still to come would change the figure."""
+    for steps, pending, waits in ((None, 400, True), (100, 400, False), (100, 100, True)):
+        report = report_of({"model": "top1", "world": "few", "steps": steps})
+        (row,) = [r for r in report["runs"] if r["run"] == f"dense-few-{pending}-seed1"]
+        row["status"] = "stopped"
+        report["map"] = saving_map(report["runs"])
+        if waits:
+            with pytest.raises(StudyError, match=f"its runs are not done: dense-few-{pending}-seed1$"):
+                headline_of(report)
+        else:
+            assert headline_of(report)["setting"]["steps"] == steps
+
+
 @pytest.mark.parametrize(
     ("headline", "said"),
     [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from vlmoe.study.collect import finished
+from vlmoe.study.collect import Row, finished
 from vlmoe.study.compare import world_of
 from vlmoe.study.declare import StudyError
 
@@ -23,6 +24,8 @@ def headline_of(report: dict[str, Any]) -> dict[str, Any]:
         raise StudyError("the study declares no 'headline': name the model, world and length before it runs")
     points = [p for p in report["map"] if p["kind"] == declared["model"] and p["world"] == declared["world"]]
     points = [p for p in points if declared["steps"] in (None, p["steps"])]
+    if missing := _missing(report["runs"], declared):
+        raise StudyError(f"no headline yet, its runs are not done: {', '.join(missing)}")
     if not points:
         raise StudyError(
             f"no finished runs for the headline: {declared['model']} against the dense model of its size"
@@ -45,3 +48,14 @@ def headline_of(report: dict[str, Any]) -> dict[str, Any]:
         "command": report["command"], "date": report["date"], "machine": report["machine"]["device_name"],
         "runs": sorted(r["run"] for r in used),
     }  # fmt: skip
+
+
+def _missing(rows: Sequence[Row], declared: dict[str, Any]) -> list[str]:
+    """Of the runs that the figure rests on those that are not finished: of the model, and of its dense twin up to the
+    declared length, all seeds."""
+    main = [r for r in rows if r["stage"] == "main" and world_of(r) == declared["world"]]
+    ours = [r for r in main if r["side"] == "sparse" and r["kind"] == declared["model"]]
+    twins = {r["twin"] for r in ours}
+    theirs = [r for r in main if r["model"] in twins and r["steps"] <= (declared["steps"] or r["steps"])]
+    done = {r["run"] for r in finished(rows)}
+    return [r["run"] for r in [*ours, *theirs] if r["run"] not in done]
