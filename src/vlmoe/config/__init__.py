@@ -43,6 +43,7 @@ from vlmoe.config.schema import (
     sparse_blocks,
 )
 from vlmoe.config.sealed import AlteredError, check_files, describe, read_sealed, write_sealed
+from vlmoe.config.validation import check_scenes
 
 __all__ = [
     "TASKS",
@@ -69,6 +70,7 @@ __all__ = [
     "VisualTokenizerConfig",
     "WorldConfig",
     "check_files",
+    "check_scenes",
     "describe",
     "flat",
     "from_mapping",

@@ -9,6 +9,7 @@ from vlmoe.config.finetune import TASKS, FinetuneRecipe
 from vlmoe.config.schema import DataConfig, ModelConfig, Recipe, RecipeError, TrainConfig, WorldConfig, sparse_blocks
 
 Need = Callable[[bool, str, Any, str], None]
+LEAST_CELL = 12  # pixels along the edge of a cell of the world's grid
 
 
 def validate(recipe: Recipe | FinetuneRecipe, origin: str = "recipe") -> None:
@@ -129,16 +130,24 @@ def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:
         world.image_size == m.image_size, "data.world.image_size", world.image_size,
         f"model.image_size ({m.image_size})",
     )  # fmt: skip
-    need(1 <= world.max_objects <= 4, "data.world.max_objects", world.max_objects, "1 to 4")
-    need(world.grid in {1, 2, 3}, "data.world.grid", world.grid, "1, 2 or 3")
-    need(world.captions in {"sentences", "names"}, "data.world.captions", world.captions, "sentences or names")
-    need(
-        world.captions == "sentences" or world.max_objects == 1, "data.world.captions", world.captions,
-        f"sentences: there are up to {world.max_objects} objects (data.world.max_objects)",
-    )  # fmt: skip
+    check_scenes(world, need)
     for f in ("concepts", "icons", "facts"):
         need(getattr(world, f) >= 0, f"data.world.{f}", getattr(world, f), "a number not below 0")
     need(world.concepts + world.icons > 0, "data.world.concepts", world.concepts, "at least 1 where icons is 0")
+
+
+def check_scenes(world: WorldConfig, need: Need) -> None:
+    """What a world's scenes can be like."""
+    need(world.grid in {1, 2, 3}, "data.world.grid", world.grid, "1, 2 or 3")
+    least = LEAST_CELL * world.grid
+    wanted = f"at least {least} pixels where grid is {world.grid}: smaller glyphs are illegible"
+    need(world.image_size >= least, "data.world.image_size", world.image_size, wanted)
+    most = min(4, world.grid**2)
+    wanted = f"1 to {most} where grid is {world.grid}"
+    need(1 <= world.max_objects <= most, "data.world.max_objects", world.max_objects, wanted)
+    need(world.captions in {"sentences", "names"}, "data.world.captions", world.captions, "sentences or names")
+    several = f"sentences: there are up to {world.max_objects} objects (data.world.max_objects)"
+    need(world.captions == "sentences" or world.max_objects == 1, "data.world.captions", world.captions, several)
 
 
 def _train(t: TrainConfig, need: Need) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from vlmoe.config import RecipeError, WorldConfig
+from vlmoe.config import RecipeError, WorldConfig, check_scenes
 from vlmoe.data.world.concepts import DIGITS, MAX_CONCEPTS, Concept, in_play
 from vlmoe.data.world.draws import Draws, stable_hash
 from vlmoe.data.world.glyphs import HANDWRITING, HELD_OUT_FACE, TRAIN_FACES, handwriting_pools
@@ -46,7 +46,6 @@ CORNERS = tuple(PLACES[i] for i in (0, 2, 6, 8))
 CENTRE = PLACES[4:5]
 SPLITS = ("train", "val", "handwriting", "font", "attributes", "drawing", "unseen")
 
-LEAST_CELL = 12  # pixels
 _CONTRAST = 500  # from here on a background serves a colour; see `contrast`
 
 
@@ -209,19 +208,11 @@ def _contrasting(colours: frozenset[str]) -> tuple[str, ...]:
 def _check(config: WorldConfig, split: str) -> None:
     def need(ok: bool, key: str, value: object, wanted: str) -> None:
         if not ok:
-            raise RecipeError(f"key 'data.world.{key}' got {value!r}, wanted {wanted}")
+            raise RecipeError(f"key '{key}' got {value!r}, wanted {wanted}")
 
     in_play(config)
-    need(config.grid in {1, 2, 3}, "grid", config.grid, "1, 2 or 3")
-    least = LEAST_CELL * config.grid
-    wanted = f"at least {least} pixels where grid is {config.grid}: smaller glyphs are illegible"
-    need(config.image_size >= least, "image_size", config.image_size, wanted)
-    most = min(4, config.grid**2)
-    need(1 <= config.max_objects <= most, "max_objects", config.max_objects, f"1 to {most} where grid is {config.grid}")
-    need(config.captions in {"sentences", "names"}, "captions", config.captions, "sentences or names")
-    several = f"sentences: there are up to {config.max_objects} objects (data.world.max_objects)"
-    need(config.captions == "sentences" or config.max_objects == 1, "captions", config.captions, several)
-    need(1 <= config.colours <= len(COLOURS), "colours", config.colours, f"1 to {len(COLOURS)}")
+    check_scenes(config, need)
+    need(1 <= config.colours <= len(COLOURS), "data.world.colours", config.colours, f"1 to {len(COLOURS)}")
     if split not in SPLITS:
         raise RecipeError(f"the world has no split '{split}': it has {', '.join(SPLITS)}")
     if split not in available_splits(config):
@@ -232,4 +223,4 @@ def _check(config: WorldConfig, split: str) -> None:
             "drawing": ("icons", "at least 1"),
             "unseen": ("icons", f"at least {1 + next(i for i, thing in enumerate(things()) if thing.unseen)}"),
         }[split]
-        need(False, key, getattr(config, key), f"{value} for the split '{split}'")
+        need(False, f"data.world.{key}", getattr(config, key), f"{value} for the split '{split}'")
