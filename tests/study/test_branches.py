@@ -244,7 +244,7 @@ def test_recall_and_what_was_never_shown_are_scored_apart(launches: dict[str, An
     assert row["font:names"] == names["seen"]["accuracy"]
     assert row["evaluation_seconds"] > 0
     text = (launches["out"] / "study.md").read_text().partition("## Recall and generalisation")[2].partition("## ")[0]
-    assert "recall: known things in known drawings" in text
+    assert "recall: known things in new scenes" in text
     assert f"| {row['font:loss']:.3f} |" in text
     found = launches["second report"]["duplicates"]
     base = load_recipe(BASE, [*BRANCHED, "data.world.concepts=60"])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vlmoe.data.batch import IGNORE, Batch
+from vlmoe.data.show import hide_patches
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.evaluate.masked import fill_in
 from vlmoe.evaluate.restore import restore
@@ -52,9 +53,7 @@ def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch,
     was_training = model.training
     model.eval()
     seen_BT, blind_BT = fill_in(model, batch, "seen"), fill_in(model, batch, "blind")
-    restored = None
-    if hides_patches(batch):
-        restored = restore(model, batch)
+    restored = restore(model, batch) if hides_patches(batch) else None
     model.train(was_training)
     special = {tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id}
     completions = []
@@ -68,18 +67,10 @@ def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch,
             guesses = (tokenizer.decode([int(x[b, t])]) for x in (seen_BT, blind_BT)) if hidden else ("", "")
             words.append(Word(tokenizer.decode([truth]), hidden, *guesses))
         image = batch.image_BCHW[b].permute(1, 2, 0).cpu().numpy()
-        mask = _pixels(batch.patch_mask_BP[b].cpu().numpy(), image.shape[0])[..., None]
+        shown = hide_patches(image, batch.patch_mask_BP[b].cpu().numpy())
         filled = None if restored is None else restored[b].permute(1, 2, 0).cpu().numpy()
-        completions.append(
-            Completion(batch.keys[b], image, np.where(mask, np.uint8(128), image).astype(np.uint8), filled, words)
-        )
+        completions.append(Completion(batch.keys[b], image, shown, filled, words))
     return completions
-
-
-def _pixels(mask_P: np.ndarray, size: int) -> np.ndarray:
-    """A patch mask stretched over the pixels of a square image."""
-    side = int(len(mask_P) ** 0.5)
-    return np.kron(mask_P.reshape(side, side), np.ones((size // side, size // side), dtype=bool)).astype(bool)
 
 
 def draw(completions: list[Completion], path: Path) -> None:

@@ -15,6 +15,14 @@ from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.evaluate.masked import VIEWS, Tally, fill_in, with_next_images
 from vlmoe.tasks.pretrain import MaskedDataModelling
 
+SHOWS = {  # what each split of the world asks: recall first, then what training never shows
+    "val": "recall: known things in new scenes",
+    "handwriting": "digits by hands never shown",
+    "font": "known characters in a typeface never shown",
+    "attributes": "known things in colours they never had",
+    "drawing": "known things in drawings never shown",
+    "unseen": "things never shown nor named",
+}
 NAMING = {"kind", "name"}  # word classes that together are a name: "digit" and "seven"
 
 

@@ -15,18 +15,11 @@ from vlmoe.data.batch import Batch
 from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.sources import held_out_splits
 from vlmoe.evaluate.completions import Completion, complete, draw
+from vlmoe.evaluate.names import SHOWS
 from vlmoe.evaluate.pretrained import evaluate_masked
 from vlmoe.model.device import pick_device
 from vlmoe.tasks.export import Pretrained, load_pretrained
 
-SHOWS = {  # recall first, then what was never in training
-    "val": "recall: things and drawings of training",
-    "handwriting": "hands never shown",
-    "font": "a typeface never shown",
-    "attributes": "things in colours they never had",
-    "drawing": "known things, drawings never shown",
-    "unseen": "things never shown nor named",
-}
 SCORES, PICTURE = "eval.json", "completions.png"
 
 

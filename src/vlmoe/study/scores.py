@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlmoe.evaluate.names import SHOWS
 from vlmoe.study.collect import Row, extra_columns, finished, groups, over_seeds
 from vlmoe.study.page import Section
 
-SHOWS = {
-    "val": "recall: known things in known drawings, new scenes",
-    "drawing": "known things in drawings that training never shows",
-    "font": "known characters in a face that training never shows",
-    "unseen": "things that training neither shows nor names",
-}
 EVALUATION = 0.05  # share of a run's time that scoring may take before the report says so
 
 
