@@ -175,9 +175,7 @@ class VQTokenizer(nn.Module):
 
     def _patches(self, image_BCHW: Tensor) -> Tensor:
         """uint8 (B, P, C * patch * patch): pixels are few bytes to move while they are uint8."""
-        B, C, H, W = image_BCHW.shape
-        cut = image_BCHW.view(B, C, H // self.patch, self.patch, W // self.patch, self.patch)
-        return cut.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * self.patch**2)
+        return F.pixel_unshuffle(image_BCHW, self.patch).flatten(2).transpose(1, 2)
 
     def _features(self, patches: Tensor, learn: bool = False) -> Tensor:
         """uint8 patches (..., C * patch * patch) -> unit vectors (..., Z)."""
