@@ -51,6 +51,11 @@ class Sizes:
     memory_bytes: int
     memory_bytes_by_part: dict[str, int]
 
+    @property
+    def params_active(self) -> int:
+        """Per token, embeddings left out."""
+        return self.params_per_token - self.params_by_part["embeddings"]
+
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 

@@ -41,11 +41,6 @@ class Model:
         return f"{self.kind}-{self.world.name}" if self.world.name else self.kind
 
     @property
-    def params_active(self) -> int:
-        """Per token, embeddings left out."""
-        return self.cost.sizes.params_per_token - self.cost.sizes.params_by_part["embeddings"]
-
-    @property
     def cost(self) -> Account:
         assert self.account is not None, f"{self.name}: not accounted yet"
         return self.account
@@ -264,7 +259,7 @@ def count(plan: Plan, shapes: Mapping[str, Sequence[Sequence[Shape]]]) -> None:
     for model in [*plan.models.values(), *plan.sweep.values()]:
         model.account = mean_account(model.recipe, shapes[model.world.name])
     for model in plan.models.values():
-        tokens = [ratio * plan.models[model.twin].params_active for ratio in model.saturation]
+        tokens = [ratio * plan.models[model.twin].cost.sizes.params_active for ratio in model.saturation]
         model.steps = sorted({*model.steps, *(max(1, round(t / model.cost.tokens)) for t in tokens)})
     study = plan.study
     if study.equal == "per_token":

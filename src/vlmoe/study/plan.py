@@ -250,7 +250,7 @@ def _price(
         name = f"{experts} experts a layer, {m.depth} blocks of width {m.width}"
     spent = steps * cost.charge.total * sharding.devices
     row: Row = {
-        "params_active": s.params_per_token - s.params_by_part["embeddings"], "expansion": s.expansion,
+        "params_active": s.params_active, "expansion": s.expansion,
         "tokens": float(steps * cost.tokens * sharding.devices), "flops": spent, "params_total": s.params_total,
         "params_per_token": s.params_per_token,
     }  # fmt: skip

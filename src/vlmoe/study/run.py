@@ -246,7 +246,7 @@ def show_runs(work: Work) -> None:
         ratio = f"{model.cost.charge_per_token / twin.cost.charge_per_token:.3f}" if twin else ""
         memory = work.measured(model).get("memory", model.cost.memory.peak)
         counts = Counter(job.status for _, job in members)
-        saturation = short(run.tokens / (twin or model).params_active)
+        saturation = short(run.tokens / (twin or model).cost.sizes.params_active)
         table.add_row(
             name, f"{steps:,}", " ".join(str(r.seed) for r, _ in members), saturation, short(run.flops), ratio,
             f"{memory / 2**20:.3g}M", duration(job.seconds), ", ".join(f"{n} {s}" for s, n in counts.items()),
