@@ -136,7 +136,7 @@ class Study:
 
     name: str = ""
     about: str = ""
-    recipe: str = "demo"
+    recipe: str = "characters"
     set: list[str] = field(default_factory=list)
     equal: str = "per_token"
     tolerance: float = 0.05
