@@ -46,9 +46,10 @@ class RoutingStats:
     loss: the weighted sum of `losses`, with gradient; add it to the model's loss. losses: name -> unweighted scalar,
     detached, for each loss of weight above 0. load_E: choices of each expert before dropping (int64). tokens: real
     tokens. expert_index_NK, gate_NK, kept_NK: the choice of each token, best first; kept is False where dropped or
-    padding. All but `loss` are detached; scalars stay on the device. balance: set when the balance loss spans more than
-    this pass: then it is not in `loss`, and who joins the passes adds it (`balance.balance_of`). routing, mask_N: what
-    the measures below are of; each costs a look at all tokens, so it is taken when asked for.
+    padding. All but `loss`, `balance` and `routing` are detached; scalars stay on the device. balance: set when the
+    balance loss spans more than this pass: then it is not in `loss`, and who joins the passes adds it
+    (`balance.balance_of`). routing, mask_N: what the measures below are of; each costs a look at all tokens, so it is
+    taken when asked for.
     """
 
     loss: Tensor
