@@ -40,7 +40,7 @@ def small_recipe(**changes: object) -> Recipe:
     """16-pixel images, 4-pixel patches, batches of 4 images, 6 texts and 8 pairs."""
     recipe = {
         "model": {"image_size": 16, "patch": 4, "max_text": 12, "vocabulary": 128, "width": 24, "heads": 2},
-        "data": {"batch": {"image": 4, "text": 6, "pair": 8}, "world": {"image_size": 16}},
+        "data": {"batch": {"image": 4, "text": 6, "pair": 8}, "world": {"image_size": 16, "grid": 1, "max_objects": 1}},
     }
     for key, value in changes.items():
         group, name = key.split("__")
