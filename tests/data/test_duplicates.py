@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlmoe.config import Recipe, WorldConfig, load_recipe
+from vlmoe.config import Recipe, RecipeError, WorldConfig, load_recipe
 from vlmoe.data.duplicates import seen_in_training
 from vlmoe.data.loader import HELD_OUT_SEED
 from vlmoe.data.world import World
+from vlmoe.data.world.scene import is_held_out
 
 BASE = "characters"
 
@@ -54,6 +56,28 @@ def test_in_a_narrow_world_longer_runs_see_more_of_what_is_held_out() -> None:
     assert 0 < short["pictures"] < long["pictures"]
     assert long["captions"] > 0.9
     assert long["pairs"] <= min(long["pictures"], long["captions"])
+
+
+def test_scenes_kept_apart_never_occur_in_training() -> None:
+    world = "data.world={concepts: 0, icons: 2, max_objects: 1, colours: 1, grid: 2"
+    apart = recipe_of(world + ", held_out_scenes: 0.25}")
+    found = seen_in_training(apart, ["val"], 200, 500)["val"]
+    assert found["pictures"] == 0
+    assert found["captions"] > 0.9  # the same words for other pictures
+    train = World(apart.data.world, "pair", "train")
+    free = World(recipe_of(world + "}").data.world, "pair", "train")
+    count = 2000
+    kept = np.mean([not is_held_out(free.scene(i), 0.25) for i in range(count)])
+    assert kept == pytest.approx(0.75, abs=0.05)  # of the scenes that are drawn, not of different ones
+    assert not any(is_held_out(train.scene(i), 0.25) for i in range(count))
+    told = dataclasses.replace(apart.data.world, captions_in_text=1.0)
+    assert not any(is_held_out(World(told, "text", "train").scene(i), 0.25) for i in range(200))
+
+
+def test_a_world_with_no_scene_to_hold_out_says_so() -> None:
+    few = WorldConfig(image_size=12, concepts=0, icons=1, max_objects=1, colours=1, grid=1, held_out_scenes=1e-6)
+    with pytest.raises(RecipeError, match=r"data.world.held_out_scenes.*none is one of the split 'val'"):
+        World(few, "image", "val")[0]
 
 
 def test_equal_identities_are_equal_pictures() -> None:

@@ -271,6 +271,7 @@ def test_splits_follow_the_dial() -> None:
         ({"grid": 1, "max_objects": 2}, "train", "data.world.max_objects.*got 2, wanted 1 to 1 where grid is 1"),
         ({"captions": "short"}, "train", "data.world.captions.*sentences or names"),
         ({"captions": "names", "max_objects": 2}, "train", "data.world.captions.*data.world.max_objects"),
+        ({"held_out_scenes": 1.0}, "train", "data.world.held_out_scenes.*0 to below 1"),
         ({"facts": 10**6}, "train", f"data.world.facts.*0 to {len(named_characters())}"),
         ({"facts": -1}, "train", "data.world.facts"),
     ],

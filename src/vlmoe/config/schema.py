@@ -94,6 +94,7 @@ class WorldConfig:
     captions: str = "sentences"  # or names: the object's name alone, for worlds of one object
     captions_in_text: float = 0.5  # share of text-only samples that describe a scene nobody shows
     said_twice: float = 0.0  # share of those that describe it twice, in words drawn anew
+    held_out_scenes: float = 0.0  # share of all scenes that training never shows, and `val` alone; 0: both show any
 
 
 @dataclass

@@ -146,6 +146,9 @@ def check_scenes(world: WorldConfig, need: Need) -> None:
     wanted = f"1 to {most} where grid is {world.grid}"
     need(1 <= world.max_objects <= most, "data.world.max_objects", world.max_objects, wanted)
     need(world.captions in {"sentences", "names"}, "data.world.captions", world.captions, "sentences or names")
+    wanted = "a share from 0 to below 1"
+    held_out = world.held_out_scenes
+    need(0 <= held_out < 1, "data.world.held_out_scenes", held_out, wanted)
     several = f"sentences: there are up to {world.max_objects} objects (data.world.max_objects)"
     need(world.captions == "sentences" or world.max_objects == 1, "data.world.captions", world.captions, several)
 

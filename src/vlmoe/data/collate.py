@@ -17,6 +17,9 @@ from vlmoe.data.masking import mask_patches, mask_tokens
 from vlmoe.data.sample import BadSample, Sample, Span
 from vlmoe.data.text_tokenizer import TextTokenizer
 
+Tokens = tuple[list[int], list[tuple[int, int]], np.ndarray, bool]  # the fields of Ready, shared by equal texts
+KEPT = 8192  # texts whose tokens are kept: names come again and again; about 1 KB each
+
 
 @dataclass(slots=True)
 class Ready:
@@ -36,6 +39,7 @@ class Collator:
         self, model: ModelConfig, masking: MaskingConfig, tokenizer: TextTokenizer, kind: str, factors: bool = False
     ) -> None:
         self.model, self.masking, self.tokenizer, self.kind, self.factors = model, masking, tokenizer, kind, factors
+        self._tokens: dict[str, Tokens] = {}
 
     def ready(self, sample: Sample) -> Ready:
         """Check and tokenize one sample.
@@ -51,15 +55,24 @@ class Collator:
             return Ready(sample)
         if not sample.text or not sample.text.strip():
             raise BadSample(sample.key, "empty text")
-        ids, offsets = self.tokenizer.encode(sample.text)
+        found = self._tokens.get(sample.text)
+        if found is None:
+            found = self._tokenize(sample.text)
+            if len(self._tokens) < KEPT:
+                self._tokens[sample.text] = found
+        ids, offsets, maskable_T, cut = found
+        if not maskable_T.any():
+            raise BadSample(sample.key, "no token of the text is in the vocabulary")
+        return Ready(sample, ids, offsets, maskable_T, cut)
+
+    def _tokenize(self, text: str) -> Tokens:
+        ids, offsets = self.tokenizer.encode(text)
         room = self.model.max_text - 2
         cut = len(ids) > room
         ids, offsets = ids[:room], offsets[:room]
         maskable_T = np.array([False, *(i != self.tokenizer.unk_id for i in ids), False])
-        if not maskable_T.any():
-            raise BadSample(sample.key, "no token of the text is in the vocabulary")
         ids = [self.tokenizer.start_id, *ids, self.tokenizer.end_id]
-        return Ready(sample, ids, [(0, 0), *offsets, (0, 0)], maskable_T, cut)
+        return ids, [(0, 0), *offsets, (0, 0)], maskable_T, cut
 
     def batch(self, items: list[Ready], positions: list[int], key: int) -> Batch:
         """positions: each item's place in the order of its kind; key: 64 bits that the masks depend on."""
@@ -87,18 +100,20 @@ class Collator:
             batch.patch_factors = [item.sample.patch_factors for item in items]
 
     def _add_texts(self, batch: Batch, items: list[Ready], positions: list[int], key: int) -> None:
-        T = max(len(item.ids) for item in items)
+        length_B = np.array([len(item.ids) for item in items])
+        T = int(length_B.max())
+        ratio = self.masking.text if self.kind == "text" else self.masking.pair_text
+        ids_N = np.array([i for item in items for i in item.ids], dtype=np.int64)  # N: tokens that are no padding
+        if ratio == 1:
+            hidden_N = np.concatenate([item.maskable_T for item in items])
+        else:
+            hidden = zip(items, positions, strict=True)
+            hidden_N = np.concatenate([mask_tokens(item.maskable_T, ratio, stream(key, p)) for item, p in hidden])
+        valid_BT = np.arange(T) < length_B[:, None]
         text_BT = np.full((len(items), T), self.tokenizer.pad_id, dtype=np.int64)
         target_BT = np.full((len(items), T), IGNORE, dtype=np.int64)
-        valid_BT = np.zeros((len(items), T), dtype=bool)
-        ratio = self.masking.text if self.kind == "text" else self.masking.pair_text
-        for b, (item, position) in enumerate(zip(items, positions, strict=True)):
-            n = len(item.ids)
-            ids_T = np.array(item.ids, dtype=np.int64)
-            hidden_T = mask_tokens(item.maskable_T, ratio, stream(key, position))
-            text_BT[b, :n] = np.where(hidden_T, self.tokenizer.mask_id, ids_T)
-            target_BT[b, :n] = np.where(hidden_T, ids_T, IGNORE)
-            valid_BT[b, :n] = True
+        text_BT[valid_BT] = np.where(hidden_N, self.tokenizer.mask_id, ids_N)
+        target_BT[valid_BT] = np.where(hidden_N, ids_N, IGNORE)
         batch.text_BT, batch.target_BT = torch.from_numpy(text_BT), torch.from_numpy(target_BT)
         batch.valid_BT = torch.from_numpy(valid_BT)
         if self.factors:

@@ -46,6 +46,7 @@ CORNERS = tuple(PLACES[i] for i in (0, 2, 6, 8))
 CENTRE = PLACES[4:5]
 SPLITS = ("train", "val", "handwriting", "font", "attributes", "drawing", "unseen")
 
+TRIES = 10_000  # scenes drawn for one sample before the wanted kind is called missing
 _CONTRAST = 500  # from here on a background serves a colour; see `contrast`
 
 
@@ -105,6 +106,13 @@ def held_out_colours(concept: Concept, colours: list[str]) -> set[str]:
     return set(ranked[: max(1, len(colours) // 8)])
 
 
+def is_held_out(scene: Scene, share: float) -> bool:
+    """Whether a scene is one of the `share` of all that training never shows. The order of its objects is no matter."""
+    drawn = [(o, f"{o.drawing.font} {o.drawing.code}" if o.drawing else o.sample) for o in scene.objects]
+    things = sorted(f"{o.concept.name}|{o.colour}|{o.face}|{drawing}|{o.box}" for o, drawing in drawn)
+    return stable_hash("/".join([scene.background, *things])) < int(share * 2**64)
+
+
 def available_splits(config: WorldConfig) -> tuple[str, ...]:
     """The splits that this dial can fill: "handwriting" needs digits, "font" characters, "attributes" at least two
     colours, "drawing" an icon that several sets draw, "unseen" one that training leaves out."""
@@ -152,6 +160,8 @@ class SceneMaker:
     def __init__(self, config: WorldConfig, split: str) -> None:
         _check(config, split)
         self.max_objects = config.max_objects
+        self._held_out = config.held_out_scenes if split in {"train", "val"} else 0.0
+        self._split, self._wants_held_out = split, split == "val"
         self.concepts = known = tuple(concept for concept in in_play(config) if _shown(concept, split))
         palette = list(COLOURS)[: config.colours]
         self._colours: dict[int, list[str]] = {}
@@ -169,6 +179,16 @@ class SceneMaker:
         self.pixels = {"small": max(1, cell * 11 // 16), "large": cell}
 
     def __call__(self, draws: Draws) -> Scene:
+        for _ in range(TRIES):
+            scene = self._scene(draws)
+            if not self._held_out or is_held_out(scene, self._held_out) == self._wants_held_out:
+                return scene
+        raise RecipeError(
+            f"key 'data.world.held_out_scenes' got {self._held_out}: {TRIES:,} scenes were drawn and none is one of "
+            f"the split '{self._split}'; the world has too few scenes, or the share is too near to 0 or 1"
+        )
+
+    def _scene(self, draws: Draws) -> Scene:
         count = 1 + draws.below(self.max_objects)
         free = list(range(len(self._places)))
         objects = tuple(self._object(draws, free.pop(draws.below(len(free)))) for _ in range(count))
