@@ -14,6 +14,7 @@ from vlmoe.config import (
     sparse_blocks,
     to_mapping,
     to_yaml,
+    with_later_keys,
 )
 
 
@@ -126,3 +127,10 @@ def test_known_keys_are_the_dataclass_tree() -> None:
 )
 def test_sparse_blocks(pattern: str, blocks: set[int]) -> None:
     assert sparse_blocks(pattern, 4) == blocks
+
+
+def test_sources_of_before_there_were_streams_were_read_at_random() -> None:
+    now = {"data.sources[0].kind": "text", "data.sources[0].read": "random", "data.stream.readers": 8}
+    assert with_later_keys({"data.sources[0].kind": "text"}, now) == now
+    listed = with_later_keys({"r.data.sources": [{"kind": "text"}]}, {}, "r.")
+    assert listed == {"r.data.sources": [{"kind": "text", "read": "random", "shard_weights": {}}]}

@@ -14,7 +14,7 @@ from PIL import Image
 from vlmoe.config import UserError, json_lines, parse_json
 from vlmoe.data.check import check_data
 from vlmoe.data.packed import Packed
-from vlmoe.data.shards import scan_shard
+from vlmoe.data.shard_index import scan_shard
 from vlmoe.data.text_tokenizer import train_wordpiece
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"

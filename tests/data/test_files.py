@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlmoe.config import UserError
 from vlmoe.data import parquet as parquet_module
-from vlmoe.data import shards as shards_module
+from vlmoe.data import shard_index as shards_module
 from vlmoe.data.files import FileOptions, split_rows
 from vlmoe.data.sample import BadSample, Sample
 from vlmoe.data.sources import open_files
@@ -188,7 +188,7 @@ def test_the_index_is_cached_by_content_and_survives_damage(tmp_path: Path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write_tar(tmp_path / "a.tar", pairs(0, 3))
     first = texts(read("shards", "pair", path))
-    (cached,) = (tmp_path / "cache" / "vlmoe" / "shards").glob("*.npz")
+    (cached,) = (tmp_path / "cache" / "vlmoe" / "shards").glob("*.index")
     monkeypatch.setattr(shards_module, "scan_shard", lambda p: pytest.fail("scanned again"))
     assert texts(read("shards", "pair", path)) == first
     monkeypatch.undo()

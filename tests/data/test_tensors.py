@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vlmoe.config import AlteredError, write_sealed
-from vlmoe.data import shards
+from vlmoe.data import shard_index
 from vlmoe.data.tensors import load_sealed_tensors, save_sealed_tensors, save_tensors
 from vlmoe.data.text_tokenizer import train_wordpiece
 
@@ -29,14 +29,14 @@ def test_new_files_have_the_mode_that_the_umask_gives(
     save_sealed_tensors({"a": torch.ones(2)}, tmp_path / "b.safetensors")
     write_sealed(tmp_path / "c.json", {"a": 1})
     train_wordpiece(["a b c"] * 2, 50).save(tmp_path)
-    monkeypatch.setattr(shards, "_CACHED_FROM", 0)
+    monkeypatch.setattr(shard_index, "_CACHED_FROM", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "x.txt").write_text("text")
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         tar.add(tmp_path / "x.txt", "x.txt")
-    shards.index_shard(tmp_path / "d.tar")
+    shard_index.index_shards([str(tmp_path / "d.tar")])
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert len(files) == 8 and any(p.suffix == ".npz" for p in files)
+    assert len(files) == 8 and any(p.suffix == ".index" for p in files)
     assert {p.name: oct(stat.S_IMODE(p.stat().st_mode)) for p in files} == {p.name: oct(0o666 & ~umask) for p in files}
 
 
@@ -53,8 +53,8 @@ def test_sealed_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(shards, "_CACHED_FROM", 0)
+    monkeypatch.setattr(shard_index, "_CACHED_FROM", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with tarfile.open(tmp_path / "d.tar", "w") as tar:
         tar.add(tmp_path / "file", "x.txt")
-    assert len(shards.index_shard(tmp_path / "d.tar").keys) == 1
+    assert len(shard_index.index_shards([str(tmp_path / "d.tar")])[0].keys) == 1

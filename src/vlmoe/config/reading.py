@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from importlib import resources
@@ -20,7 +21,7 @@ from vlmoe.config.validation import validate
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
 GROUPS = vars(schema) | vars(finetune)  # name -> dataclass of every group of keys
-PATHS = ("dir", "init", "branch_from", "path", "file", "annotations", "images")  # names of the keys that hold a path
+PATHS = ("dir", "init", "branch_from", "path", "file", "annotations", "images", "cache")  # keys that hold a path
 # what recipes did that were written before these keys were there
 BEFORE = {
     "init": "",
@@ -37,8 +38,14 @@ BEFORE = {
     "data.world.grid": 3,
     "data.world.captions": "sentences",
     "data.world.held_out_scenes": 0.0,
+    "data.stream.readers": 8,
+    "data.stream.buffer": 20_000,
+    "data.stream.cache": "",
+    "data.stream.cache_gb": 50.0,
+    "data.stream.attempts": 5,
     "data.masking.words": [],
 }
+SOURCE_BEFORE = {"read": "random", "shard_weights": {}}  # likewise, keys of each of data.sources
 
 
 def recipe_names(folder: str = "") -> list[str]:
@@ -201,7 +208,15 @@ def with_later_keys(then: dict[str, Any], now: dict[str, Any], prefix: str = "")
     """`then`, flat and perhaps written before some keys were there, with what it did for those of them `now` has.
 
     prefix: of both's keys."""
-    return {prefix + k: v for k, v in BEFORE.items() if prefix + k in now} | then
+    before = {prefix + k: v for k, v in BEFORE.items() if prefix + k in now}
+    for key in now:  # sources stand in `now` as a list, or flat as well
+        source = re.fullmatch(re.escape(prefix) + r"data\.sources\[\d+\]\.(\w+)", key)
+        if source and source[1] in SOURCE_BEFORE:
+            before[key] = SOURCE_BEFORE[source[1]]
+    sources = prefix + "data.sources"
+    if isinstance(then.get(sources), list):
+        then = then | {sources: [SOURCE_BEFORE | source for source in then[sources]]}
+    return before | then
 
 
 def to_yaml(recipe: Recipe | FinetuneRecipe) -> str:

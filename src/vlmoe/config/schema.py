@@ -104,10 +104,23 @@ class SourceConfig:
 
     type: str = "world"  # world, shards, folder, parquet
     kind: str = "pair"  # image, text, pair
-    path: str = ""  # shards: brace or glob pattern of .tar files; folder: directory; parquet: file or glob
+    path: str = ""  # shards: brace or glob pattern of .tar files, or URL; folder: directory; parquet: file or glob
     weight: float = 1.0
     image_column: str = "image"  # parquet
     text_column: str = "text"  # parquet, and the key in a shard's .json
+    read: str = "random"  # shards: random (access), stream (shard by shard, in epochs), resample (shards drawn anew)
+    shard_weights: dict[str, float] = field(default_factory=dict)  # resample: name pattern -> how often, 1 for others
+
+
+@dataclass
+class StreamConfig:
+    """How shards are read that are not read at random (`read` of a source), and how files are brought from URLs."""
+
+    readers: int = 8  # streams that micro-batches take in turn; data.workers should divide it
+    buffer: int = 20_000  # samples of a stream that are shuffled together
+    cache: str = ""  # folder for files brought from URLs; empty: vlmoe/files in the user's cache folder
+    cache_gb: float = 50.0  # kept there, in 10^9 bytes
+    attempts: int = 5  # to open or bring one file
 
 
 @dataclass
@@ -155,6 +168,7 @@ class DataConfig:
         default_factory=lambda: [SourceConfig(kind="image"), SourceConfig(kind="text"), SourceConfig(kind="pair")]
     )
     world: WorldConfig = field(default_factory=WorldConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)

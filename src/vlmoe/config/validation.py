@@ -6,7 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from vlmoe.config.finetune import TASKS, FinetuneRecipe
-from vlmoe.config.schema import DataConfig, ModelConfig, Recipe, RecipeError, TrainConfig, WorldConfig, sparse_blocks
+from vlmoe.config.schema import (
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    RecipeError,
+    SourceConfig,
+    TrainConfig,
+    WorldConfig,
+    sparse_blocks,
+)
 
 Need = Callable[[bool, str, Any, str], None]
 LEAST_CELL = 12  # pixels along the edge of a cell of the world's grid
@@ -97,6 +106,10 @@ def _data(d: DataConfig, m: ModelConfig, need: Need) -> None:
         need(source.kind in {"image", "text", "pair"}, f"{key}.kind", source.kind, "image, text or pair")
         need(source.type == "world" or bool(source.path), f"{key}.path", source.path, "the path of the data")
         need(source.weight > 0, f"{key}.weight", source.weight, "a positive number")
+        _reading(source, key, need)
+    for f in ("readers", "buffer", "attempts"):
+        need(getattr(d.stream, f) > 0, f"data.stream.{f}", getattr(d.stream, f), "a positive number")
+    need(d.stream.cache_gb >= 0, "data.stream.cache_gb", d.stream.cache_gb, "a number not below 0")
     kinds = {source.kind for source in d.sources}
     sizes = {kind: getattr(d.batch, kind) for kind in ("image", "text", "pair")}
     need(any(sizes.values()), "data.batch", sizes, "at least one kind above 0")
@@ -124,6 +137,17 @@ def _data(d: DataConfig, m: ModelConfig, need: Need) -> None:
     for f in ("dim", "width", "steps", "batch"):
         need(getattr(vis, f) > 0, f"data.visual_tokenizer.{f}", getattr(vis, f), "a positive number")
     need(vis.type in {"vq", "codes"}, "data.visual_tokenizer.type", vis.type, "vq or codes")
+
+
+def _reading(source: SourceConfig, key: str, need: Need) -> None:
+    need(source.read in {"random", "stream", "resample"}, f"{key}.read", source.read, "random, stream or resample")
+    need(source.read == "random" or source.type == "shards", f"{key}.read", source.read,
+         f"random, because {source.type} has no shards")  # fmt: skip
+    weights = source.shard_weights
+    need(not weights or source.read == "resample", f"{key}.shard_weights", weights,
+         f"none, because with `read: {source.read}` each shard comes as often as any other")  # fmt: skip
+    need(all(0 <= weight < float("inf") for weight in weights.values()), f"{key}.shard_weights", weights,
+         "numbers not below 0")  # fmt: skip
 
 
 def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:

@@ -130,8 +130,8 @@ def _class(reason: str) -> str:
 def _duplicates(source: FileSource) -> list[str]:
     seen: set[str] = set()
     again: list[str] = []
-    for row in source.rows.tolist():
-        key = source.key(row)
+    for row in source.rows:
+        key = source.key(int(row))
         if key in seen:
             again.append(key)
         seen.add(key)

@@ -6,7 +6,8 @@ import codecs
 import io
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from vlmoe.data.accounts import Account
 from vlmoe.data.counter import hash64
 from vlmoe.data.images import decode_image
 from vlmoe.data.sample import BadSample, Sample, Span
+from vlmoe.data.urls import FetchOptions
 
 HELD_OUT_ONE_IN = 100
 MAX_TEXT_BYTES = 1 << 16  # of one caption or line; what lies beyond is not read: no model here sees that far
@@ -26,7 +28,7 @@ class FileOptions:
     """How files are read.
 
     patches: how many stored codes an image must have, 0 to ignore them. factors: read the truth that `make_shards`
-    wrote beside the samples.
+    wrote beside the samples. fetch: how files are brought that a URL names.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class FileOptions:
     text_column: str = "text"
     patches: int = 0
     factors: bool = False
+    fetch: FetchOptions = field(default_factory=FetchOptions)
 
     @classmethod
     def of(cls, source: SourceConfig, data: DataConfig, model: ModelConfig, split: str, factors: bool) -> FileOptions:
@@ -45,6 +48,7 @@ class FileOptions:
         return cls(
             source.kind, source.path, split, model.image_size, data.max_pixels, source.image_column,
             source.text_column, (model.image_size // model.patch) ** 2 if stored else 0, factors,
+            FetchOptions(data.stream.cache, round(data.stream.cache_gb * 1e9), data.stream.attempts),
         )  # fmt: skip
 
 
@@ -58,7 +62,7 @@ class FileSource(ABC):
         self.options = options
         self.kind = options.kind
         self.name = options.path
-        self.rows = np.zeros(0, dtype=np.int64)
+        self.rows: Sequence[int] | np.ndarray = np.zeros(0, dtype=np.int64)
 
     @abstractmethod
     def key(self, row: int) -> str:
@@ -81,18 +85,8 @@ class FileSource(ABC):
     def draw(self, index: int, epoch: int) -> Sample:
         """A sample as it is in an epoch: of several captions, number (index + epoch) modulo their count."""
         row = int(self.rows[index])
-        key, options = self.key(row), self.options
         parts = self.read(row, image=self.kind != "text")
-        text = None if self.kind == "image" else choose_caption(parts.captions, key, index + epoch)
-        image = codes = None
-        if self.kind != "text":
-            if parts.image is None:
-                raise BadSample(key, "no image")
-            image = decode_image(parts.image, key, options.image_size, options.max_pixels)
-            if options.patches:
-                codes = check_codes(parts.codes, key, options.patches)
-        patch_factors, spans = read_truth(parts.truth, key) if parts.truth else ({}, ())
-        return Sample(key, image, text, codes, patch_factors, spans)
+        return make_sample(parts, self.key(row), self.options, index + epoch)
 
     def text(self, index: int) -> str:
         """The text alone, as in epoch 0, without reading the image."""
@@ -108,6 +102,23 @@ class Parts:
     captions: Any = None
     codes: Any = None
     truth: dict[str, Any] | None = None
+
+
+def make_sample(parts: Parts, key: str, options: FileOptions, number: int) -> Sample:
+    """A sample of an entry's parts. number: of several captions it takes this one, modulo their count.
+
+    Raises BadSample.
+    """
+    text = None if options.kind == "image" else choose_caption(parts.captions, key, number)
+    image = codes = None
+    if options.kind != "text":
+        if parts.image is None:
+            raise BadSample(key, "no image")
+        image = decode_image(parts.image, key, options.image_size, options.max_pixels)
+        if options.patches:
+            codes = check_codes(parts.codes, key, options.patches)
+    patch_factors, spans = read_truth(parts.truth, key) if parts.truth else ({}, ())
+    return Sample(key, image, text, codes, patch_factors, spans)
 
 
 def choose_caption(captions: Any, key: str, number: int) -> str:
@@ -199,8 +210,13 @@ def split_rows(hashes: np.ndarray, split: str) -> np.ndarray:
     held_out = hashes % HELD_OUT_ONE_IN == 0
     if len(hashes) > 1 and not held_out.any():
         held_out[np.argmin(hashes)] = True
+    return chosen_rows(held_out, split)
+
+
+def chosen_rows(held_out: np.ndarray, split: str) -> np.ndarray:
+    """Entry numbers of a split, from whether each entry is held out."""
     if split == "all":
-        return np.arange(len(hashes), dtype=np.int64)
+        return np.arange(len(held_out), dtype=np.int64)
     return np.flatnonzero(held_out if split == "val" else ~held_out)
 
 

@@ -1,183 +1,124 @@
 """WebDataset shards (.tar files) by random access.
 
-A shard's headers are read once and give each member's place; after that a sample is a few reads at known offsets. So
-samples can be taken in any order, which streaming a tar file cannot give. The index of a large shard is kept in the
-user's cache folder, under a name made of path, size and time of change. Which members make a sample: see `members`.
+A shard's headers are read once and give each member's place (`shard_index`); after that a sample is a few reads at
+known offsets. So samples can be taken in any order. Shards that a URL names are brought whole, all of them, before the
+first sample; where they are too many for that, `stream` reads them shard by shard. Which members make a sample: see
+`members`.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections import OrderedDict
 from pathlib import Path
 
 import braceexpand
 import numpy as np
 
-from vlmoe.config import UserError, parse_json
-from vlmoe.data.accounts import Account, Ignored, account_of_files, short, shown_below
-from vlmoe.data.files import (
-    FileOptions,
-    FileSource,
-    Parts,
-    decode_codes,
-    decode_json,
-    decode_text,
-    hash_entries,
-    split_rows,
-)
-from vlmoe.data.members import PARTS, Named, entries_of, name_of
-from vlmoe.data.packed import Numbers, Packed, Packer
+from vlmoe.config import UserError
+from vlmoe.data.accounts import Account, account_of_files, short, shown_below
+from vlmoe.data.files import FileOptions, FileSource, Parts, decode_codes, decode_json, decode_text
+from vlmoe.data.members import PARTS
+from vlmoe.data.rows import SplitRows
 from vlmoe.data.sample import BadSample
-from vlmoe.data.tar import DamagedTar, Member, read_members
+from vlmoe.data.shard_index import MAX_PART_BYTES, Indexes, ShardIndex, index_shards, scan_shard
+from vlmoe.data.urls import FetchError, Files, OpenFile, expand_url, file_name, is_url, local_path, without_query
 from vlmoe.data.walk import walk_files
 
-FORMAT = "3"  # of a cached index
-MAX_PART_BYTES = 1 << 28  # no image, text or array of a sample is larger
-_CACHED_FROM = 1 << 24  # bytes; smaller shards are scanned in no time
+_OPEN = 128  # shards kept open, of each source
 
 
-@dataclass
-class ShardIndex:
-    """Where the samples of a shard are.
-
-    keys: (n,). offsets: int64 (n, 4), sizes: int32 (n, 4), of each of PARTS; size -1 where there is none, one that no
-    part may have is cut to what fits.
-    damage: why the rest of the file cannot be read, "" for a whole shard. members: how many there are; ignored: those
-    of them that are no part of a sample.
-    """
-
-    keys: Packed
-    offsets: np.ndarray
-    sizes: np.ndarray
-    damage: str
-    members: int = 0
-    ignored: Ignored = field(default_factory=Ignored)
-
-
-def expand_shards(pattern: str) -> list[Path]:
+def expand_shards(pattern: str) -> list[str]:
     """Shard files of a pattern with braces (train-{000..017}.tar) and wildcards (** for any folders), or of a folder
-    and those below it, in order.
+    and those below it, in order. URLs take braces and wildcards too; whether one that is named exists shows when it is
+    read.
 
     Raises UserError when a named file does not exist, nothing matches, or a file is compressed.
     """
-    found: list[Path] = []
+    found: list[str] = []
     try:
         names = braceexpand.braceexpand(pattern, escape=False)
     except ValueError as error:  # of a pattern with unbalanced braces
         raise UserError(f"shards {pattern}: {error}") from None
-    for name in names:
-        if os.path.isdir(name):
-            found += [Path(name) / f for f in sorted(walk_files(name).files) if f.lower().endswith(".tar")]
+    for name in map(local_path, names):
+        if is_url(name):
+            found += expand_url(name, ".tar")
+        elif os.path.isdir(name):
+            found += [os.path.join(name, f) for f in sorted(walk_files(name).files) if f.lower().endswith(".tar")]
         elif glob.has_magic(name) and not os.path.exists(name):
-            found += [Path(p) for p in sorted(glob.glob(name, recursive=True)) if os.path.isfile(p)]
+            found += [p for p in sorted(glob.glob(name, recursive=True)) if os.path.isfile(p)]
         elif os.path.isfile(name):
-            found.append(Path(name))
+            found.append(name)
         else:
             raise UserError(f"shards {pattern}: no file {name}")
     if not found:
         raise UserError(f"shards {pattern}: no file matches")
     for path in found:
-        try:
-            with path.open("rb") as file:
-                magic = file.read(4)
-        except OSError as error:
-            raise UserError(f"shard {path}: cannot be read: {error.strerror or error}") from None
-        if magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd" or magic[:3] == b"BZh":
-            raise UserError(f"shard {path}: compressed; random access needs a plain .tar file")
+        if not is_url(path):
+            _check_plain(path)
     return list(dict.fromkeys(found))
 
 
-def index_shard(path: Path) -> ShardIndex:
-    """Read a shard's headers, or its index from the cache."""
-    stat = path.stat()
-    if stat.st_size < _CACHED_FROM:
-        return scan_shard(path)
-    identity = f"{FORMAT}/{path.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
-    digest = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
-    cached = _cache_folder() / f"{digest}.npz"
+def _check_plain(path: str) -> None:
     try:
-        with np.load(cached, allow_pickle=False) as file:
-            about = parse_json(file["about"].tobytes(), str(cached))
-            keys = Packed(file["keys"], file["ends"])
-            return ShardIndex(
-                keys, file["offsets"], file["sizes"], about["damage"], about["members"], Ignored.of(about["ignored"])
-            )  # fmt: skip
-    except Exception:  # missing or damaged: it is only a cache
-        index = scan_shard(path)
-    about = {"damage": index.damage, "members": index.members, "ignored": index.ignored.as_dict()}
-    text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"shard {path}: cannot be read: {error.strerror or error}") from None
+    if compressed(magic):
+        raise UserError(f"shard {path}: compressed; a plain .tar file is needed")
+
+
+def compressed(magic: bytes) -> bool:
+    """Whether a file of these first four bytes is gzip, zstd or bzip2."""
+    return magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd" or magic[:3] == b"BZh"
+
+
+def shown_shards(names: list[str]) -> list[str]:
+    """How shards are called in keys: by their file's name, where two share one by more of it."""
+    if not any(map(is_url, names)):
+        return shown_below([Path(name) for name in names])
+    files = [file_name(name) for name in names]
+    if len(set(files)) < len(files):
+        files = [without_query(name) for name in names]
+    return [short(os.fsencode(name)) for name in files]
+
+
+def read_entry(descriptor: int, index: ShardIndex, entry: int, key: str, options: FileOptions, image: bool) -> Parts:
+    """The raw parts of an entry of a shard, the image only if asked for. Raises BadSample."""
+    if entry >= len(index.keys):
+        raise BadSample(key, index.damage)
+    parts = Parts()
+    raw = {p: _part(descriptor, index, entry, p, key) for p in PARTS if image or p in {"txt", "json"}}
+    about = None
+    if raw["json"] is not None and (options.factors or (raw["txt"] is None and options.kind != "image")):
+        about = decode_json(raw["json"], key)
+    if raw["txt"] is not None and options.kind != "image":
+        parts.captions = decode_text(raw["txt"], key)
+    elif about is not None:
+        parts.captions = about.get(options.text_column)
+    parts.truth = about if options.factors else None
+    parts.image = raw.get("image")
+    if options.patches and raw.get("codes") is not None:
+        parts.codes = decode_codes(raw["codes"], key)  # type: ignore[arg-type]
+    return parts
+
+
+def _part(descriptor: int, index: ShardIndex, entry: int, part: str, key: str) -> bytes | None:
+    column = PARTS.index(part)
+    offset, size = int(index.offsets[entry, column]), int(index.sizes[entry, column])
+    if size < 0:
+        return None
+    if size > MAX_PART_BYTES:
+        raise BadSample(key, f"{part} of more than {MAX_PART_BYTES} bytes")
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(
-                file, keys=index.keys.buffer, ends=index.keys.ends, offsets=index.offsets, sizes=index.sizes, about=text
-            )
-        os.replace(temporary, cached)
-    except OSError:  # a read-only home costs time at the next start, nothing else
-        pass
-    return index
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmoe" / "shards"
-
-
-class _Scan:
-    """Members of a shard, counted, with those left out that cannot be part of a sample."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.members, self.ignored = path, 0, Ignored()
-        self.damage = ""
-        self.cut: Named | None = None  # the member that is not whole
-
-    def __iter__(self) -> Iterator[tuple[Named, Member]]:
-        try:
-            for member in read_members(self.path):
-                self.members += 1
-                if member.kind != "file":
-                    self.ignored.add(f"a {member.kind}, no file", member.name)
-                    continue
-                named = name_of(member.name)
-                if isinstance(named, str):
-                    self.ignored.add(named, member.name)
-                else:
-                    yield named, member
-        except DamagedTar as error:
-            self.damage = str(error)
-            named = name_of(error.member) if error.member else ""
-            self.cut = None if isinstance(named, str) else named
-
-
-def scan_shard(path: Path) -> ShardIndex:
-    """Find every sample of a shard by its headers. Whole samples before a damaged place are kept."""
-    scan, keys, offsets, sizes = _Scan(path), Packer(), Numbers(), Numbers()
-    last: bytes | None = None
-    for _, group in groupby(scan, key=lambda pair: pair[0].key):
-        members = list(group)
-        if scan.cut is not None and scan.cut.key == members[0][0].key:  # the file ends within this sample
-            for _, member in members:
-                scan.ignored.add("part of a sample that is cut off", member.name)
-            break
-        for key, parts in entries_of(members, scan.ignored):
-            keys.add(key)
-            last = key
-            for part in PARTS:
-                offsets.add(parts[part].offset if part in parts else 0)
-                sizes.add(min(parts[part].size, MAX_PART_BYTES + 1) if part in parts else -1)
-    damage = scan.damage
-    if damage:
-        good = f"the last good key is {short(last)}" if last is not None else "nothing in it can be read"
-        damage = f"truncated or damaged shard ({damage}); {good}"
-    shape = -1, len(PARTS)
-    where, size = offsets.array().reshape(shape), sizes.array().astype(np.int32).reshape(shape)
-    return ShardIndex(keys.packed(), where, size, damage, scan.members, scan.ignored)
+        raw = os.pread(descriptor, size, offset)
+    except OSError as error:
+        raise BadSample(key, f"cannot be read: {error.strerror or error}") from None
+    if len(raw) < size:
+        raise BadSample(key, f"{part} cut off: the shard has become shorter")
+    return raw
 
 
 class ShardSource(FileSource):
@@ -186,17 +127,58 @@ class ShardSource(FileSource):
     Image: a member of a format that Pillow reads. Caption: the .txt member, else `text_column` of the .json member (a
     text or a list of texts). Codes: the codes.npy member. A damaged shard gives its whole samples and one bad one that
     says so.
+
+    shards: their names, instead of those that the options' path stands for; of few, none may be held out.
+
+    Raises UserError when shards cannot be had, or those of URLs together exceed what is kept of such files.
     """
 
-    def __init__(self, options: FileOptions) -> None:
+    def __init__(self, options: FileOptions, shards: list[str] | None = None) -> None:
         super().__init__(options)
-        self.paths = expand_shards(options.path)
-        self.indexes = [index_shard(path) for path in self.paths]
-        counts = [len(index.keys) + bool(index.damage) for index in self.indexes]
+        self.shards = shards or expand_shards(options.path)
+        self.files = Files(options.fetch)
+        self._open: OrderedDict[int, OpenFile] = OrderedDict()  # the shards used last
+        if any(map(is_url, self.shards)):
+            limit = options.fetch.limit if shards is None else None
+            self.indexes = Indexes(dict(enumerate(self._bring(limit))), [])
+        else:
+            self.indexes = index_shards(self.shards)
+        counts = self.indexes.counts.tolist()
         self.starts = np.cumsum([0, *counts])
-        self.shown = shown_below(self.paths)
-        hashes = [hash_entries(path.name, count) for path, count in zip(self.paths, counts, strict=True)]
-        self.rows = split_rows(np.concatenate(hashes), options.split)
+        self.shown = shown_shards(self.shards)
+        names = [file_name(name) for name in self.shards]
+        self.rows = SplitRows(names, counts, options.split, at_least_one=shards is None)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _bring(self, limit: int | None) -> list[ShardIndex]:
+        indexes, size = [], 0
+        for shard, name in enumerate(self.shards):
+            try:
+                file = self._opened(shard)
+            except FetchError as error:
+                raise UserError(f"shard {without_query(name)}: cannot be read: {error}") from None
+            size += file.size
+            if limit is not None and size > limit:
+                raise UserError(
+                    f"shards {self.options.path}: {shard + 1} of {len(self.shards)} have {size / 1e9:.3g} GB already, "
+                    f"more than data.stream.cache_gb = {limit / 1e9:g}, and random access needs all "
+                    "of them: read them with `read: stream`, or set it higher"
+                )
+            if compressed(os.pread(file.descriptor, 4, 0)):
+                raise UserError(f"shard {without_query(name)}: compressed; a plain .tar file is needed")
+            indexes.append(scan_shard(file.descriptor))
+        return indexes
+
+    def _opened(self, shard: int) -> OpenFile:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+        else:
+            self._open[shard] = self.files.open(self.shards[shard])
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        return self._open[shard]
 
     def locate(self, row: int) -> tuple[int, int]:
         """(shard, entry in it)."""
@@ -210,43 +192,16 @@ class ShardSource(FileSource):
 
     def read(self, row: int, image: bool) -> Parts:
         shard, entry = self.locate(row)
-        index, key = self.indexes[shard], self.key(row)
-        if entry >= len(index.keys):
-            raise BadSample(key, index.damage)
-        parts = Parts()
-        raw = {p: self._part(shard, entry, p, key) for p in PARTS if image or p in {"txt", "json"}}
-        about = None
-        if raw["json"] is not None and (self.options.factors or (raw["txt"] is None and self.kind != "image")):
-            about = decode_json(raw["json"], key)
-        if raw["txt"] is not None and self.kind != "image":
-            parts.captions = decode_text(raw["txt"], key)
-        elif about is not None:
-            parts.captions = about.get(self.options.text_column)
-        parts.truth = about if self.options.factors else None
-        parts.image = raw.get("image")
-        if self.options.patches and raw.get("codes") is not None:
-            parts.codes = decode_codes(raw["codes"], key)  # type: ignore[arg-type]
-        return parts
-
-    def _part(self, shard: int, entry: int, part: str, key: str) -> bytes | None:
-        index, column = self.indexes[shard], PARTS.index(part)
-        offset, size = int(index.offsets[entry, column]), int(index.sizes[entry, column])
-        if size < 0:
-            return None
-        if size > MAX_PART_BYTES:
-            raise BadSample(key, f"{part} of more than {MAX_PART_BYTES} bytes")
+        key = self.key(row)
         try:
-            with self.paths[shard].open("rb", buffering=0) as file:
-                raw = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise BadSample(key, f"cannot be read: {error.strerror or error}") from None
-        if len(raw) < size:
-            raise BadSample(key, f"{part} cut off: the shard has become shorter")
-        return raw
+            file = self._opened(shard)
+        except FetchError as error:
+            raise BadSample(key, f"cannot be read: {error}") from None
+        return read_entry(file.descriptor, self.indexes[shard], entry, key, self.options, image)
 
     def account(self) -> Account:
-        found = account_of_files(self.options.path, self.paths, ".tar")
-        found.members = sum(index.members for index in self.indexes)
-        for name, index in zip(self.shown, self.indexes, strict=True):
-            found.ignored_members.merge(index.ignored, name)
+        found = account_of_files(self.options.path, [Path(name) for name in self.shards], ".tar")
+        found.members = sum(self.indexes[shard].members for shard in range(len(self.shards)))
+        for shard, name in enumerate(self.shown):
+            found.ignored_members.merge(self.indexes[shard].ignored, name)
         return found

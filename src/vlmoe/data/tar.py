@@ -38,9 +38,12 @@ class DamagedTar(Exception):  # noqa: N818 - says what is wrong with the rest of
         self.member = member
 
 
-def read_members(path: Path) -> Iterator[Member]:
-    """The members of a tar file in order. Raises DamagedTar where the file cannot be followed further."""
-    with path.open("rb", buffering=0) as file:
+def read_members(tar: Path | int) -> Iterator[Member]:
+    """The members of a tar file in order. tar: its path, or a descriptor, which stays open.
+
+    Raises DamagedTar where the file cannot be followed further.
+    """
+    with open(tar, "rb", buffering=0, closefd=not isinstance(tar, int)) as file:
         yield from _Headers(file.fileno(), os.fstat(file.fileno()).st_size).members()
 
 

@@ -43,7 +43,8 @@ FORMAT, UNSEALED = 4, 3
 # Keys that may differ between a checkpoint and the recipe that goes on from it: none of them enters the numbers.
 FREE_KEYS = re.compile(
     r"(name|about|init_allow_inexact|branch_from|run\..*|eval\.(samples|batch|pictures)|data\.workers"
-    r"|data\.max_bad_share|train\.(log_every|watch_every|checkpoint_every|keep|keep_at(\[\d+\])?|device))"
+    r"|data\.max_bad_share|data\.stream\.(cache|cache_gb|attempts)"
+    r"|train\.(log_every|watch_every|checkpoint_every|keep|keep_at(\[\d+\])?|device))"
 )
 
 LENGTH = ("train.steps", "train.decay_steps")  # free while the schedule has been the same constant up to here
