@@ -20,7 +20,7 @@ TOKENIZER = train_wordpiece(WORDS * 2, 128)
 BROKEN = frozenset({3, 8})
 
 
-def fake_sources(data, model, kind, split="train", seed=0, factors=False):
+def fake_sources(data, model, kind, split="train", seed=0, factors=False, record=None):
     name = f"{kind}-{split}"
     return [(FakeSource(kind, 37, f"{name}-a", BROKEN), 2.0), (FakeSource(kind, 11, f"{name}-b"), 1.0)]
 

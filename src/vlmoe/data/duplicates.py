@@ -28,7 +28,7 @@ def seen_in_training(recipe: Recipe, splits: Sequence[str], held_out: int, steps
     pictures, captions = ({identity[part] for identity in pairs} for part in (0, 1))
     seen: tuple[set[object], set[object], set[object]] = set(), set(), set()
     sources = build_sources(recipe.data, recipe.model, "pair", "train", recipe.seed)
-    mixture = Mixture(sources, recipe.seed)
+    mixture = Mixture(sources, recipe.seed, batch=max(1, recipe.data.batch.pair))
     for position in range(steps * recipe.train.accumulate * recipe.data.batch.pair):
         number, index, epoch = mixture.index(position)
         identity = None if epoch else _identity(mixture.sources[number], index)

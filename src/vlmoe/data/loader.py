@@ -1,6 +1,7 @@
 """Micro-batches: item n is a pure function of the recipe's seed and n.
 
 Nothing here has a state, so a run can start at any step, and any number of worker processes gives the same batches.
+What readers of streams remember only spares them looking again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -36,12 +38,14 @@ HELD_OUT_SEED = 0  # the same held-out samples and masks for every run, whatever
 @dataclass
 class Step:
     """One micro-batch. bad: (key, reason) of each sample that was skipped. drawn: samples tried, those included.
+    lost: samples that were in shards that could not be read, as far as known, beyond those listed in `bad`.
     cut: texts that were longer than model.max_text. examples: what a downstream task's batches were made of, without
     the images, for its evaluation."""
 
     batches: dict[str, Batch]
     bad: list[tuple[str, str]] = field(default_factory=list)
     drawn: int = 0
+    lost: int = 0
     cut: int = 0
     examples: list[Example] = field(default_factory=list)
 
@@ -52,27 +56,32 @@ class Step:
 class StepData(Dataset[Step]):
     """The run's training data. `data[n]` is micro-batch n, for every n from 0 on.
 
-    factors: fill `Batch.patch_factors` and `Batch.token_factors` where the source knows them.
+    factors: fill `Batch.patch_factors` and `Batch.token_factors` where the source knows them. record: a folder of the
+    run's, where sources that are read in streams keep what they have found; see `vlmoe.data.stream`.
 
     Raises UserError when a source cannot be opened, or the tokenizer is larger than the model's vocabulary.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: TextTokenizer, factors: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, tokenizer: TextTokenizer, factors: bool = False, record: Path | None = None
+    ) -> None:
         tokenizer.check_fits(recipe.model.vocabulary, "text tokenizer")
         self.seed = recipe.seed
         self.parts: dict[str, tuple[int, Mixture, Collator]] = {}
         for kind in KINDS:
             size = getattr(recipe.data.batch, kind)
             if size:
-                sources = build_sources(recipe.data, recipe.model, kind, "train", recipe.seed, factors)
+                sources = build_sources(recipe.data, recipe.model, kind, "train", recipe.seed, factors, record)
                 collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind, factors)
-                self.parts[kind] = size, Mixture(sources, recipe.seed), collator
+                self.parts[kind] = size, Mixture(sources, recipe.seed, batch=size), collator
 
     def __getitem__(self, micro_step: int) -> Step:
         step = Step({})
         for kind, (size, mixture, collator) in self.parts.items():
             positions = list(range(micro_step * size, (micro_step + 1) * size))
-            items: list[Ready] = [mixture.draw(p, collator.ready, step.bad) for p in positions]
+            lost: list[int] = []
+            items: list[Ready] = [mixture.draw(p, collator.ready, step.bad, lost.append) for p in positions]
+            step.lost += sum(lost)
             step.batches[kind] = collator.batch(items, positions, hash64("mask", self.seed, kind))
             step.drawn += size
             step.cut += sum(item.cut for item in items)

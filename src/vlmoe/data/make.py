@@ -44,9 +44,8 @@ def make_shards(
     existing = sorted(out.glob(f"{split}-{kind}-*.tar"))
     if existing:
         raise UserError(f"{existing[0]} exists already: nothing was written; choose another folder or remove it")
-    mixture = Mixture(
-        build_sources(recipe.data, recipe.model, kind, split, recipe.seed, factors=True), recipe.seed, split == "train"
-    )
+    sources = build_sources(recipe.data, recipe.model, kind, split, recipe.seed, factors=True)
+    mixture = Mixture(sources, recipe.seed, split == "train", max(1, getattr(recipe.data.batch, kind)))
     if samples > len(mixture):
         raise UserError(f"{samples} samples asked for; the {split} split has {len(mixture)} of kind {kind}")
     out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,14 @@
 """Which sample stands where: a mixture of sources as a pure function of the position.
 
 Position p of a kind is the p-th sample of that kind the run would draw if nothing were broken. A fixed weighted
-schedule says which source serves it and how many of that source's draws came before, so no history is needed.
+schedule says which source serves it and how many of that source's draws came before, so no history is needed. Of a
+source that is read in streams (`stream`) the draws are counted for each of its readers, which serve micro-batches in
+turn.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -13,9 +16,8 @@ import numpy as np
 
 from vlmoe.config import UserError
 from vlmoe.data.counter import hash64, shuffled
-from vlmoe.data.sample import BadSample, Sample, Source
+from vlmoe.data.sample import ENDLESS, BadSample, Sample, Source
 
-ENDLESS = 1 << 40  # a source this long is taken in its own order: it never repeats, and shuffling it changes nothing
 TRIES = 16  # samples tried for one position before the data is called unusable
 _LONGEST = 10_000  # slots of a schedule
 
@@ -46,6 +48,12 @@ class Schedule:
             slots[slot], before[slot] = chosen, used[chosen]
             used[chosen] += 1
         self._slots, self._before = slots.tolist(), before.tolist()
+        self._served = np.concatenate([[[0] * len(share)], np.cumsum(slots[:, None] == range(len(share)), axis=0)])
+
+    def draws(self, source: int, positions: np.ndarray) -> np.ndarray:
+        """How many of the positions before each of these a source serves."""
+        rounds, slots = np.divmod(positions, self.length)
+        return rounds * self.counts[source] + self._served[slots, source]
 
     def locate(self, position: int) -> tuple[int, int]:
         """(source, number of that source's earlier draws) at a position."""
@@ -71,13 +79,16 @@ class Mixture:
     """Weighted sources of one kind.
 
     shuffle: each epoch of a source is a permutation of all its samples (training); without, samples come in order
-    (evaluation).
+    (evaluation). batch: positions in a micro-batch; the readers of a stream serve these in turn.
     """
 
-    def __init__(self, sources: Sequence[tuple[Source, float]], seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, sources: Sequence[tuple[Source, float]], seed: int, shuffle: bool = True, batch: int = 1
+    ) -> None:
         self.sources = [source for source, _ in sources]
         self.schedule = Schedule([weight for _, weight in sources])
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.batch = seed, shuffle, batch
+        self._turns: dict[tuple[int, int], np.ndarray] = {}
         for source in self.sources:
             if len(source) == 0:
                 raise UserError(f"{describe_source(source)} holds no {source.kind} samples")
@@ -94,6 +105,10 @@ class Mixture:
         number, draws = self.schedule.locate(position)
         source = self.sources[number]
         length = len(source)
+        readers = getattr(source, "readers", 0)
+        if readers:
+            reader = position // self.batch % readers
+            return number, self._draws_of(reader, readers, number, position) * readers + reader, 0
         epoch, nth = divmod(draws, length)
         if length >= ENDLESS or not self.shuffle:
             return number, nth, epoch
@@ -101,11 +116,30 @@ class Mixture:
         order = getattr(source, "order", None)  # a source may know an order that is kinder to its files
         return number, order(nth, key) if order else shuffled(nth, length, key), epoch
 
-    def draw(self, position: int, use: Callable[[Sample], T], bad: list[tuple[str, str]]) -> T:
+    def _draws_of(self, reader: int, readers: int, source: int, position: int) -> int:
+        """How many positions before this one, in micro-batches of this reader, a source serves."""
+        turn, length = position // self.batch // readers, self.schedule.length
+        period = length // math.gcd(length, readers * self.batch)  # turns after which the slots of a batch come again
+        if (reader, source) not in self._turns:
+            starts = (np.arange(period) * readers + reader) * self.batch
+            in_batch = self.schedule.draws(source, starts + self.batch) - self.schedule.draws(source, starts)
+            self._turns[reader, source] = np.concatenate([[0], np.cumsum(in_batch)])
+        before = self._turns[reader, source]
+        places = np.array([position // self.batch * self.batch, position])
+        start, here = self.schedule.draws(source, places).tolist()
+        return turn // period * int(before[-1]) + int(before[turn % period]) + here - start
+
+    def draw(
+        self,
+        position: int,
+        use: Callable[[Sample], T],
+        bad: list[tuple[str, str]],
+        lost: Callable[[int], None] = lambda samples: None,
+    ) -> T:
         """The sample at a position, passed through `use`.
 
         Where the source or `use` raises BadSample, (key, reason) is appended to `bad` and another sample of the same
-        source takes the place, chosen by the position alone.
+        source takes the place, chosen by the position alone. lost: told how many samples more a bad one stands for.
 
         Raises UserError after 16 bad samples for one position.
         """
@@ -116,7 +150,11 @@ class Mixture:
                 return use(fetch(source, index, epoch))
             except BadSample as error:
                 bad.append((error.key, error.reason))
-            index = hash64("instead", self.seed, source.kind, position, attempt) % len(source)
+                if error.samples > 1:
+                    lost(error.samples - 1)
+            pick = hash64("instead", self.seed, source.kind, position, attempt)
+            instead = getattr(source, "instead", None)  # a stream has others at hand
+            index = instead(index, pick) if instead else pick % len(source)
         key, reason = bad[-1]
         raise UserError(f"{describe_source(source)}: {TRIES} samples in a row are bad; the last, {key}: {reason}")
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 KINDS = ("image", "text", "pair")
+ENDLESS = 1 << 40  # a source this long is taken in its own order: it never repeats, or shuffles itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,15 @@ class Sample:
 
 
 class BadSample(Exception):  # noqa: N818 - it is data about a sample, reported and counted, not only an error
-    """A sample that cannot be used: its key and the reason, in words."""
+    """A sample that cannot be used: its key and the reason, in words. samples: how many it stands for, above 1 where a
+    whole shard is lost."""
 
-    def __init__(self, key: str, reason: str) -> None:
+    def __init__(self, key: str, reason: str, samples: int = 1) -> None:
         super().__init__(f"{key}: {reason}")
-        self.key, self.reason = key, reason
+        self.key, self.reason, self.samples = key, reason, samples
 
-    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:  # crosses worker processes
-        return BadSample, (self.key, self.reason)
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str, int]]:  # crosses worker processes
+        return BadSample, (self.key, self.reason, self.samples)
 
 
 class Source(Protocol):

@@ -46,7 +46,8 @@ def show_data(
     tokenizer = tokenizer or build_text_tokenizer(recipe)
     training = split == "train"
     seed = recipe.seed if training else HELD_OUT_SEED
-    mixture = Mixture(build_sources(recipe.data, recipe.model, kind, split, seed), seed, shuffle=training)
+    sources = build_sources(recipe.data, recipe.model, kind, split, seed)
+    mixture = Mixture(sources, seed, training, max(1, getattr(recipe.data.batch, kind)))
     collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind)
     positions = list(range(min(samples, len(mixture))))
     items = [mixture.draw(p, collator.ready, []) for p in positions]

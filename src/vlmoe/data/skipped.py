@@ -15,7 +15,7 @@ PATIENCE = 200  # samples drawn before a share means anything
 
 
 class BadBudget:
-    """Counts samples drawn and samples skipped over a run.
+    """Counts samples drawn and samples skipped over a run. Of a lost shard all samples count, as far as known.
 
     path: file that gets one JSON line {"step", "key", "reason"} for each skip; None writes none. `max_share`: the share
     of skipped samples that the run may reach, judged from the 200th drawn sample on, and by `finish` at the end.
@@ -29,8 +29,8 @@ class BadBudget:
 
     def add(self, step: Step) -> None:
         """Count one micro-batch. Raises UserError when too many samples are bad."""
-        self.drawn += step.drawn
-        self.bad += len(step.bad)
+        self.drawn += step.drawn + step.lost
+        self.bad += len(step.bad) + step.lost
         if step.bad:
             self.last = step.bad[-1]
             if self.path is not None:

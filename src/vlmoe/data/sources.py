@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vlmoe.config import DataConfig, ModelConfig, Recipe, SourceConfig, UserError
 from vlmoe.data.files import FileOptions, FileSource
 from vlmoe.data.folder import ImageFolder, TextLines
 from vlmoe.data.parquet import ParquetSource
 from vlmoe.data.sample import KINDS, Source
 from vlmoe.data.shards import ShardSource
+from vlmoe.data.stream import StreamSource, held_out_of_stream
 from vlmoe.data.world import SPLITS, World, available_splits
 
 FILE_SPLITS = ("train", "val")  # val: one sample in a hundred, never trained on; see `files.split_rows`
@@ -27,28 +30,41 @@ def held_out_splits(recipe: Recipe, kind: str | None = None) -> list[str]:
 
 
 def build_sources(
-    data: DataConfig, model: ModelConfig, kind: str, split: str = "train", seed: int = 0, factors: bool = False
+    data: DataConfig,
+    model: ModelConfig,
+    kind: str,
+    split: str = "train",
+    seed: int = 0,
+    factors: bool = False,
+    record: Path | None = None,
 ) -> list[tuple[Source, float]]:
     """The sources of one kind with their weights.
 
-    factors: sources that know the truth fill in `patch_factors` and `spans`.
+    factors: sources that know the truth fill in `patch_factors` and `spans`. record: where sources that are read in
+    streams keep their ledgers.
 
     Raises UserError when no source of the kind has the split, or a path cannot be read.
     """
     built: list[tuple[Source, float]] = []
-    for config in data.sources:
+    for number, config in enumerate(data.sources):
         if config.kind != kind or split not in splits_of(config, data):
             continue
-        built.append((_open(config, data, model, split, seed, factors), config.weight))
+        if config.type == "world":
+            source: Source = World(
+                data.world, config.kind, split=split, seed=seed, patch=model.patch if factors else None
+            )
+        else:
+            options = FileOptions.of(config, data, model, split, factors)
+            if config.read == "random":
+                source = open_files(config.type, options)
+            elif split == "train":
+                source = StreamSource(options, config, data.stream, seed, number, record)
+            else:
+                source = held_out_of_stream(options)
+        built.append((source, config.weight))
     if not built:
         raise UserError(f"data.sources: no source has {kind} samples for the split '{split}'")
     return built
-
-
-def _open(config: SourceConfig, data: DataConfig, model: ModelConfig, split: str, seed: int, factors: bool) -> Source:
-    if config.type == "world":
-        return World(data.world, config.kind, split=split, seed=seed, patch=model.patch if factors else None)
-    return open_files(config.type, FileOptions.of(config, data, model, split, factors))
 
 
 def open_files(type: str, options: FileOptions) -> FileSource:

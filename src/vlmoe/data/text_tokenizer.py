@@ -290,7 +290,8 @@ def corpus(recipe: Recipe, samples: int) -> Iterator[str]:
     for kind, size in sizes.items():
         if not size:
             continue
-        mixture = Mixture(build_sources(recipe.data, recipe.model, kind, "train", recipe.seed), recipe.seed)
+        sources = build_sources(recipe.data, recipe.model, kind, "train", recipe.seed)
+        mixture = Mixture(sources, recipe.seed, batch=size)
         for position in range(min(len(mixture), samples * size // sum(sizes.values()))):
             number, index, _ = mixture.index(position)
             try:

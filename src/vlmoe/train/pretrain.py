@@ -27,6 +27,7 @@ from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
 from vlmoe.train.runlog import lock_run, note_event
 
 TOKENIZERS, MODEL = "tokenizers", "model"
+STREAM = "stream"  # what readers of streams have found, see `vlmoe.data.stream`
 MEASURED = 8  # samples of each kind on which a filled model is compared with the dense one
 
 
@@ -42,7 +43,7 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     with lock_run(run_dir):  # from here on: two launches must not train the same tokenizers either
         found = checkpoint.newest(run_dir / CHECKPOINTS)
         if found is None and recipe.branch_from:
-            found = branch_off(recipe, run_dir, [TOKENIZERS])
+            found = branch_off(recipe, run_dir, [TOKENIZERS, STREAM])
         if found is not None:  # before the tokenizers, which belong to the recipe as well
             checkpoint.check_recipe(found, recipe)
         start = load_pretrained(recipe.init) if recipe.init and found is None else None
@@ -60,7 +61,7 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
             torch.manual_seed(recipe.seed)
             task = MaskedDataModelling(recipe.model, visual_tokenizer)
         del start  # its weights are copied: they need no memory while training
-        result = train(recipe, task, StepData(recipe, text_tokenizer), run_dir)
+        result = train(recipe, task, StepData(recipe, text_tokenizer, record=run_dir / STREAM), run_dir)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
     return result

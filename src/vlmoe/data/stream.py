@@ -1,0 +1,335 @@
+"""WebDataset shards read one after another, for data too large to index: `read: stream` and `read: resample`.
+
+What a run reads is a function of the recipe and of the micro-batch's number here too, as with random access. So no
+reader has a state that must be saved, any number of workers or ranks gives the same batches, and a run resumes, or goes
+back, at any step. In detail:
+
+- The data are `readers` logical streams. Micro-batch n takes samples of reader n mod readers, the next ones of its
+  stream. (Workers that divide the readers then share no shard; others give the same batches and open more shards.)
+- A reader takes shards in turns. In epochs, all shards are shuffled epoch by epoch and written in a row, and the turns
+  of reader r are places r, r + readers, r + 2 readers, ... of it: no shard is dealt twice in an epoch, none is left
+  out, and no reader is ever more than one shard ahead of another. Resampling, each turn draws a shard with replacement.
+- A shard is brought whole and scanned when its turn comes. Its samples stand in the stream in its own order; those held
+  out are passed over.
+- The stream is cut into blocks of `buffer` samples (fewer where an epoch ends), and each block is shuffled. A buffer
+  that is refilled sample by sample mixes a little better, but what it holds follows from all that went before; a block
+  follows from its number. It holds no samples, only places in shards that are on disk.
+
+What a position in a stream means depends on the numbers of samples in the shards before it. These are known once a
+shard has been read, and kept in a ledger in the run's folder: resuming needs the shards of one block, no others.
+Without the ledger the earlier shards are read through again, to the same end.
+
+A sample that cannot be used keeps its place, so that it moves no other; another one near it is drawn instead.
+A shard that cannot be had, after all attempts, takes one place, is reported in it with the number of samples that
+shards have on average, and is tried again at its next turn. The ledger keeps that too. When several in a row are lost
+the run ends: resumed, it tries the same ones again.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import multiprocessing
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmoe.config import SourceConfig, StreamConfig, UserError
+from vlmoe.data.accounts import short
+from vlmoe.data.counter import hash64, shuffled
+from vlmoe.data.files import FileOptions, Parts, choose_caption, make_sample
+from vlmoe.data.ledger import Ledger, Turn
+from vlmoe.data.rows import rows_of_file
+from vlmoe.data.sample import ENDLESS, BadSample, Sample
+from vlmoe.data.shard_index import ShardIndex, scan_shard
+from vlmoe.data.shards import ShardSource, compressed, expand_shards, read_entry, shown_shards
+from vlmoe.data.urls import Ahead, FetchError, Files, OpenFile, file_name, is_url, persist, without_query
+
+LOST_IN_A_ROW = 8  # shards that a reader may lose one after the other
+FEW = 64  # samples of a block that may all be bad
+HELD_OUT_SAMPLES = 1024  # of a stream, about so many are evaluated on
+
+
+@dataclass(frozen=True)
+class Dealer:
+    """Which shard each turn of each reader takes. until: (shards,), the sum of the weights up to each; None for
+    epochs."""
+
+    shards: int
+    readers: int
+    key: int
+    until: np.ndarray | None = None
+
+    def deal(self, reader: int, turn: int) -> tuple[int, int]:
+        """(epoch, shard); resampling knows one epoch, which never ends."""
+        if self.until is None:
+            epoch, place = divmod(reader + turn * self.readers, self.shards)
+            return epoch, shuffled(place, self.shards, hash64("shards", self.key, epoch))
+        most = np.nextafter(self.until[-1], 0)
+        drawn = min((hash64("draw", self.key, reader, turn) >> 11) / 2**53 * self.until[-1], most)
+        return 0, int(np.searchsorted(self.until, drawn, side="right"))
+
+
+@dataclass
+class OpenShard:
+    """A shard at hand. rows: its entries that belong to the split."""
+
+    file: OpenFile
+    index: ShardIndex
+    rows: np.ndarray
+
+
+class Reader:
+    """One logical stream. Position k is the k-th sample it gives; all methods may be called for any k."""
+
+    def __init__(self, source: StreamSource, number: int) -> None:
+        self.source, self.number = source, number
+        path = source.record and source.record / f"{source.id}-{number}.jsonl"
+        self.ledger = Ledger(path, source.about)
+        self.ends: list[int] = []  # where each turn's entries end, counted in the stream
+        self.epochs = [0]  # where each epoch begins that has begun, likewise
+        self.pending: list[Turn] = []  # turns that are not in the ledger yet
+        self.start = self.stop = self.key = 0  # of the block at hand
+        self.open: dict[int, OpenShard] = {}  # by turn, of that block
+        self.failed: dict[int, str] = {}  # turns of it whose shard was had before, and not now
+        self.ahead: tuple[int, Ahead] | None = None
+        self._follow()
+
+    # --------------------------------------------------------------------------------------------------- positions
+    def locate(self, k: int) -> tuple[int, int]:
+        """(turn, entry in it) of a position."""
+        self.block(k)
+        place = self.start + shuffled(k - self.start, self.stop - self.start, self.key)
+        turn = bisect_right(self.ends, place)
+        return turn, place - (self.ends[turn - 1] if turn else 0)
+
+    def block(self, k: int) -> tuple[int, int]:
+        """First position of the block that holds a position, and the first behind it."""
+        if self.start <= k < self.stop:
+            return self.start, self.stop
+        size = self.source.stream.buffer
+        while True:
+            self._count(k + 1)
+            epoch = bisect_right(self.epochs, k) - 1
+            first = self.epochs[epoch]
+            start = first + (k - first) // size * size
+            self._count(start + size, epoch + 1)
+            if self._agree():
+                break
+        self.start, self.stop = start, min(start + size, self.ends[-1], *self.epochs[epoch + 1 : epoch + 2])
+        self.key = hash64("block", self.source.key, self.number, start)
+        turns = range(bisect_right(self.ends, start), bisect_right(self.ends, self.stop - 1) + 1)
+        self.open = {turn: shard for turn, shard in self.open.items() if turn in turns}
+        self.failed = {}
+        return self.start, self.stop
+
+    def _count(self, until: int, epoch: int | None = None) -> None:
+        """Look into the next shards until so many entries are known, or all before the epoch of this number."""
+        empty = 0
+        while (self.ends[-1] if self.ends else 0) < until and (epoch is None or len(self.epochs) <= epoch):
+            turn = self._look(len(self.ends))
+            empty = 0 if turn.entries else empty + 1
+            if empty > 2 * len(self.source.shards):
+                raise UserError(f"shards {self.source.name}: no {self.source.kind} samples to train on")
+            self.pending.append(turn)
+            lost = self.pending[-LOST_IN_A_ROW:]
+            if len(lost) == LOST_IN_A_ROW and all(turn.lost for turn in lost):
+                self._forget()
+                raise UserError(
+                    f"shards {self.source.name}: {LOST_IN_A_ROW} in a row cannot be read; the last, {turn.shard}: "
+                    f"{turn.lost}. The run can be resumed when they can"
+                )
+            self._add(turn)
+            behind = [n for n in self.open if self.ends[n] <= until - 2 * self.source.stream.buffer]
+            for n in behind:  # no block near `until` has a sample of it
+                del self.open[n]
+
+    def _look(self, number: int) -> Turn:
+        _, shard = self.source.dealer.deal(self.number, number)
+        name = self.source.shown[shard]
+        try:
+            self.open[number] = self._bring(number)
+        except FetchError as error:
+            return Turn(name, 1, str(error))
+        return Turn(name, len(self.open[number].rows))
+
+    def _add(self, turn: Turn) -> None:
+        self.ends.append((self.ends[-1] if self.ends else 0) + turn.entries)
+        deal = self.source.dealer.deal
+        epoch, now = deal(self.number, len(self.ends))[0], deal(self.number, len(self.ends) - 1)[0]
+        if epoch != now:
+            self.epochs.append(self.ends[-1])
+
+    def _follow(self) -> None:
+        for turn in self.ledger.turns[len(self.ends) :]:
+            self._add(turn)
+
+    def _forget(self) -> None:
+        self.pending, self.ends, self.epochs = [], [], [0]
+        self._follow()
+
+    def _agree(self) -> bool:
+        """Write down what was found, before anything that follows from it is given away. False where another process
+        found something else before."""
+        before = len(self.ledger.turns)
+        if not self.pending:
+            return True
+        known = [turn.entries for turn in (*self.ledger.turns, *self.pending) if not turn.lost]
+        mean = max(1, round(sum(known) / len(known))) if known else 1
+        pending = [replace(turn, samples=mean) if turn.lost else turn for turn in self.pending]
+        self.ledger.add(pending)
+        agreed = self.ledger.turns[before : before + len(pending)] == pending
+        if agreed:
+            self.pending = []
+            self._follow()
+        else:
+            self._forget()
+        return agreed
+
+    # ---------------------------------------------------------------------------------------------------- samples
+    def read(self, k: int, image: bool) -> tuple[Parts, str, int]:
+        """The raw parts of the sample at a position, its key, and a number that grows with every reading.
+
+        Raises BadSample, and UserError when a shard has changed.
+        """
+        turn, place = self.locate(k)
+        about = self.ledger.turns[turn]
+        if about.lost:
+            raise BadSample(about.shard, f"lost shard: {about.lost}", about.samples)
+        shard = self._shard(turn, about)
+        row = int(shard.rows[place])
+        keys = shard.index.keys
+        key = f"{about.shard}/{short(keys[row])}" if row < len(keys) else about.shard
+        parts = read_entry(shard.file.descriptor, shard.index, row, key, self.source.options, image)
+        epoch = self.source.dealer.deal(self.number, turn)[0]
+        return parts, key, row + (epoch if self.source.dealer.until is None else turn)
+
+    def _shard(self, turn: int, about: Turn) -> OpenShard:
+        if turn in self.failed:
+            raise BadSample(about.shard, self.failed[turn])
+        if turn not in self.open:
+            try:
+                self.open[turn] = self._bring(turn)
+            except FetchError as error:
+                self.failed[turn] = f"a shard that was read before cannot be read now: {error}"
+                raise BadSample(about.shard, self.failed[turn]) from None
+        found = len(self.open[turn].rows)
+        if found != about.entries:
+            raise UserError(
+                f"shard {about.shard}: has {found} samples to train on, and had {about.entries} when this run read it "
+                "first: it has changed, and with it what comes next"
+            )
+        return self.open[turn]
+
+    def _bring(self, turn: int) -> OpenShard:
+        name = self.source.shards[self.source.dealer.deal(self.number, turn)[1]]
+        if self.ahead is not None and self.ahead[0] == turn:
+            file = self.ahead[1].take()
+        else:
+            file = self.source.files.open(name)
+        following = self.source.shards[self.source.dealer.deal(self.number, turn + 1)[1]]
+        worker = multiprocessing.current_process().daemon  # no fork will break a thread of its
+        if worker and is_url(following) and (self.ahead is None or self.ahead[0] <= turn):
+            self.ahead = turn + 1, Ahead(self.source.files, following)
+        index = persist(lambda: self._scan(file), self.source.options.fetch.attempts)
+        if index is None:
+            raise FetchError("compressed; a plain .tar file is needed")
+        return OpenShard(file, index, rows_of_file(file_name(name), len(index), self.source.options.split))
+
+    def _scan(self, file: OpenFile) -> ShardIndex | None:
+        return None if compressed(os.pread(file.descriptor, 4, 0)) else scan_shard(file.descriptor)
+
+
+class StreamSource:
+    """Samples of shards as streams. Sample number k of reader r has the index k * readers + r.
+
+    number: the source's, in the recipe. record: the folder of the ledgers; None keeps them in memory.
+
+    Raises UserError when the pattern stands for no shard, or all have the weight 0.
+    """
+
+    def __init__(
+        self,
+        options: FileOptions,
+        config: SourceConfig,
+        stream: StreamConfig,
+        seed: int,
+        number: int,
+        record: Path | None = None,
+    ) -> None:
+        self.options, self.stream, self.record = options, stream, record
+        self.kind, self.name, self.id = options.kind, options.path, f"{options.kind}-{number}"
+        self.readers = stream.readers
+        self.shards = expand_shards(options.path)
+        self.shown = shown_shards(self.shards)
+        self.files = Files(options.fetch)
+        self.key = hash64("stream", seed, options.kind, number)
+        until = np.cumsum(shard_weights(self.shards, config)) if config.read == "resample" else None
+        self.dealer = Dealer(len(self.shards), self.readers, self.key, until)
+        digest = hashlib.blake2b("\n".join(map(without_query, self.shards)).encode(errors="surrogateescape"))
+        self.about = {"path": without_query(options.path), "shards": len(self.shards), "names": digest.hexdigest()[:32],
+                      "read": config.read, "shard_weights": dict(config.shard_weights), "readers": self.readers,
+                      "seed": seed, "split": options.split}  # fmt: skip
+        self._readers: dict[int, Reader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Sample:
+        parts, key, number = self._read(index, image=self.kind != "text")
+        return make_sample(parts, key, self.options, number)
+
+    def text(self, index: int) -> str:
+        """The text alone, without reading the image."""
+        parts, key, number = self._read(index, image=False)
+        return choose_caption(parts.captions, key, number)
+
+    def instead(self, index: int, pick: int) -> int:
+        """Another index of the same block, or of the next ones where it is short. pick: any number, to choose by."""
+        k, reader = divmod(index, self.readers)
+        start, stop = self.reader(reader).block(k)
+        return (start + pick % max(stop - start, FEW)) * self.readers + reader
+
+    def reader(self, number: int) -> Reader:
+        if number not in self._readers:
+            self._readers[number] = Reader(self, number)
+        return self._readers[number]
+
+    def _read(self, index: int, image: bool) -> tuple[Parts, str, int]:
+        k, reader = divmod(index, self.readers)
+        return self.reader(reader).read(k, image)
+
+
+def shard_weights(shards: Sequence[str], config: SourceConfig) -> np.ndarray:
+    """How often each shard is drawn, relative to others: by the first pattern that fits its name or path, else 1.
+
+    Raises UserError when a pattern fits no shard, or nothing is left to draw.
+    """
+    weights = np.ones(len(shards))
+    weighed = np.zeros(len(shards), dtype=bool)
+    for pattern, weight in config.shard_weights.items():
+        fits = np.array([fnmatch.fnmatchcase(file_name(s), pattern) or fnmatch.fnmatchcase(s, pattern) for s in shards])
+        if not fits.any():
+            raise UserError(f"shards {config.path}: no shard's name fits '{pattern}' of shard_weights")
+        weights[fits & ~weighed] = weight
+        weighed |= fits
+    if not weights.sum() > 0:
+        raise UserError(f"shards {config.path}: shard_weights leaves nothing to draw")
+    return weights
+
+
+def held_out_of_stream(options: FileOptions) -> ShardSource:
+    """The held-out samples of a stream that are evaluated on, by random access: those of its first shards, so many of
+    them as would hold about HELD_OUT_SAMPLES if all were like the first."""
+    shards = expand_shards(options.path)
+    first = ShardSource(options, shards[:1])
+    wanted = -(-HELD_OUT_SAMPLES // max(1, len(first)))
+    return ShardSource(options, shards[:wanted]) if wanted > 1 else first

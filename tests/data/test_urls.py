@@ -1,0 +1,181 @@
+"""Files by URL: patterns, the folder they are kept in, and what goes wrong."""
+
+import functools
+import http.server
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from vlmoe.config import UserError
+from vlmoe.data import urls
+from vlmoe.data.files import FileOptions
+from vlmoe.data.shards import ShardSource, expand_shards, shown_shards
+from vlmoe.data.urls import ALLOW_PIPE, FetchError, FetchOptions, Files, OpenFile, expand_url, is_url, without_query
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    monkeypatch.setattr(urls.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def put(name: str, content: bytes) -> str:
+    with fsspec.open(f"memory://{name}", "wb") as file:
+        file.write(content)
+    return f"memory://{name}"
+
+
+def content(file: OpenFile) -> bytes:
+    return os.pread(file.descriptor, file.size + 1, 0)
+
+
+def kept(files: Files) -> int:
+    return sum(path.stat().st_size for path in files.folder.glob("*.file"))
+
+
+def test_patterns_of_urls() -> None:
+    for name in ("a/x-1.tar", "a/x-2.tar", "a/b/x-3.tar", "a/notes.txt"):
+        put(name, b"x")
+    names = [f"memory:///a/{n}" for n in ("x-1.tar", "x-2.tar")]
+    assert expand_shards("memory://a/*.tar") == names
+    assert expand_shards("memory://a/x-{1..2}.tar") == ["memory://a/x-1.tar", "memory://a/x-2.tar"]
+    assert expand_shards("memory://a") == ["memory:///a/b/x-3.tar", *names]
+    assert expand_shards("https://host/a-{0..1}.tar?key=%2A") == [f"https://host/a-{i}.tar?key=%2A" for i in range(2)]
+    with pytest.raises(UserError, match="no file matches"):
+        expand_shards("memory://none/*.tar")
+    with pytest.raises(UserError, match="chained URLs"):
+        expand_shards("simplecache::memory://a/*.tar")
+    with pytest.raises(UserError, match=r"nosuch://a.*nosuch"):
+        expand_shards("nosuch://a/*.tar")
+
+
+def test_file_urls_are_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(1024))
+    assert expand_shards(f"file://{tmp_path}/*.tar") == [str(tmp_path / "a.tar")]
+
+
+def test_secrets_are_not_shown() -> None:
+    assert without_query("https://me:word@host/a.tar?sig=secret#x") == "https://host/a.tar"
+    assert shown_shards(["https://host/a.tar?sig=1", "https://host/b.tar?sig=2"]) == ["a.tar", "b.tar"]
+    assert shown_shards(["https://u:p@one/a.tar?sig=1", "https://two/a.tar"]) == [
+        "https://one/a.tar",
+        "https://two/a.tar",
+    ]
+    assert is_url("pipe:cat x") and not is_url("a:b/c.tar")
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(url: str, **options: Any) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(urls.fsspec.core, "url_to_fs", missing)
+    for use in (lambda: expand_url("s3://b/*.tar", ".tar"), lambda: Files(FetchOptions()).open("s3://b/a.tar")):
+        with pytest.raises(UserError, match=r"s3://b/.*Install s3fs to access S3; pip install 'vlmoe\[cloud\]'"):
+            use()
+
+
+def test_the_folder_stays_within_its_limit_and_keeps_what_was_used_last() -> None:
+    files = Files(FetchOptions(limit=250))
+    for i in range(3):
+        put(f"{i}", bytes([i]) * 100)
+    for i in (0, 1, 0, 2):
+        file = files.open(f"memory://{i}")
+        assert content(file) == bytes([i]) * 100
+        assert kept(files) <= 250
+    digests = {path.read_bytes()[0] for path in files.folder.glob("*.file")}
+    assert digests == {0, 2}
+    assert content(Files(FetchOptions(limit=0)).open("memory://1")) == bytes([1]) * 100
+    assert kept(files) == 0
+    assert content(file) == bytes([2]) * 100  # open, so still there
+
+
+def test_a_file_that_changes_is_brought_anew() -> None:
+    files = Files(FetchOptions())
+    put("a", b"one")
+    assert content(files.open("memory://a")) == b"one"
+    put("a", b"another")
+    assert content(files.open("memory://a")) == b"another"
+
+
+def test_what_fails_is_tried_so_often_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Files(FetchOptions(attempts=3))
+    seen: list[str] = []
+    pauses: list[float] = []
+    monkeypatch.setattr(urls.time, "sleep", pauses.append)
+
+    def half(self: MemoryFileSystem, path: str, place: str, **more: Any) -> None:
+        seen.append(path)
+        Path(place).write_bytes(b"12345")
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", half)
+    put("a", b"1234567890")
+    with pytest.raises(FetchError, match=r"^5 of 10 bytes came \(3 attempts\)$"):
+        files.open("memory://a")
+    assert (len(seen), pauses) == (3, [1.0, 2.0])
+    assert not list(files.folder.glob("*.tmp")) and not list(files.folder.glob("*.file"))
+    with pytest.raises(FetchError, match="No such file"):
+        files.open("/no/such.tar")
+    assert len(pauses) == 2  # a local file that is not there needs no second look
+
+
+def test_commands_run_only_where_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, url = Files(FetchOptions(attempts=2)), f"pipe:printf abc; echo x >> {tmp_path}/ran"
+    monkeypatch.delenv(ALLOW_PIPE, raising=False)
+    with pytest.raises(UserError, match=rf"set {ALLOW_PIPE}=1"):
+        files.open(url)
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setenv(ALLOW_PIPE, "1")
+    assert content(files.open(url)) == b"abc"
+    with pytest.raises(FetchError, match=r"ended with 3: no luck \(2 attempts\)"):
+        files.open("pipe:echo no luck >&2; exit 3")
+    assert expand_shards("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(Quiet, directory=str(tmp_path / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_shards_over_http(server: str, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    from tests.data.test_stream import shard
+
+    for i in range(2):
+        (tmp_path / "served" / f"{i}.tar").write_bytes(shard(f"{i}.tar", 3))
+    source = ShardSource(FileOptions("text", server + "/{0..1}.tar", "all"))
+    assert [source[i].text for i in range(6)] == [f"{i}.tar number {j}" for i in range(2) for j in range(3)]
+    with pytest.raises(UserError, match=r"shard http://.*/2.tar: cannot be read: .*\(2 attempts\)"):
+        ShardSource(FileOptions("text", server + "/2.tar", "all", fetch=FetchOptions(attempts=2)))
+
+
+def test_random_access_to_urls_needs_room_for_all_of_them() -> None:
+    from tests.data.test_stream import shard
+
+    for i in range(3):
+        put(f"d/{i}.tar", shard(f"{i}.tar", 5))
+    options = FileOptions("text", "memory://d/*.tar", "all", fetch=FetchOptions(limit=10**6))
+    source = ShardSource(options)
+    assert [source[i].key for i in (0, 14)] == ["0.tar/0000", "2.tar/0004"]
+    small = FetchOptions(limit=2 * len(shard("0.tar", 5)))
+    with pytest.raises(UserError, match=r"3 of 3 have .* GB already, more than data.stream.cache_gb = .*read: stream"):
+        ShardSource(FileOptions("text", "memory://d/*.tar", "all", fetch=small))
