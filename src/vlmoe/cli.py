@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmoe.config import TASKS, Recipe, UserError, home, init_of, load_finetune, load_recipe, recipe_names
+from vlmoe.config import (
+    TASKS,
+    FinetuneRecipe,
+    Recipe,
+    UserError,
+    home,
+    init_of,
+    load_finetune,
+    load_recipe,
+    recipe_names,
+)
 from vlmoe.study.declare import load_study, study_names
 from vlmoe.train.output import forgiving_output
 
@@ -23,6 +33,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make, check and look at data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+recipe_app = typer.Typer(help="What can stand in a recipe.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipe_app, name="recipe")
 
 RecipeName = Annotated[
     str,
@@ -329,6 +341,25 @@ def seal(
 
     for file in write(folder):
         print(file)
+
+
+@recipe_app.command("keys")
+def recipe_keys(
+    prefix: Annotated[
+        str, typer.Argument(metavar="[PREFIX]", help="Only this key, or those of this group: model.vision.router.")
+    ] = "",
+    finetune: Annotated[bool, typer.Option("--finetune", help="The keys of a fine-tuning recipe.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of both kinds, as docs/recipe-keys.md.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Every key of a recipe: its type, its default and what it means. One line each."""
+    from vlmoe.config.keys import as_page, as_text, groups, select
+
+    if markdown:
+        print(as_page(), end="")
+        return
+    found = select(groups(FinetuneRecipe if finetune else Recipe), prefix)
+    _print_json([vars(key) for group in found for key in group.keys]) if as_json else print(as_text(found))
 
 
 @data_app.command("make")

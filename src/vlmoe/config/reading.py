@@ -12,14 +12,13 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmoe.config import finetune, schema
 from vlmoe.config.finetune import TASKS, FinetuneRecipe
+from vlmoe.config.keys import known_keys, schema_of, words_of
 from vlmoe.config.parsing import home, read_yaml, refuse_interpolation
 from vlmoe.config.schema import Recipe, RecipeError, UserError
 from vlmoe.config.validation import validate
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, FinetuneRecipe)
-GROUPS = vars(schema) | vars(finetune)  # name -> dataclass of every group of keys
 PATHS = ("dir", "init", "branch_from", "path", "file", "annotations", "images")  # names of the keys that hold a path
 # what recipes did that were written before these keys were there
 BEFORE = {
@@ -236,7 +235,7 @@ def _check_keys(given: Any, schema: type, prefix: str, origin: str, root: type |
             + ", ".join(f.name for f in fields(schema))
         )
     root = root or schema
-    known = {f.name: _schema_of(f) for f in fields(schema)}
+    known = {f.name: schema_of(f) for f in fields(schema)}
     for key, value in given.items():
         if key not in known:
             everywhere = {path.rsplit(".", 1)[-1]: path for path in known_keys(root)}
@@ -266,25 +265,6 @@ def _check_item(item: dict[str, Any], schema: type, prefix: str, origin: str, ro
         raise RecipeError(f"{origin}: {_explain(error, item, root, prefix)}") from None
 
 
-def _schema_of(f: Any) -> type | None:
-    """The dataclass below a field (a group, or a list of groups), or None for a plain value."""
-    name = str(f.type)
-    inner = GROUPS.get(name.removeprefix("list[").removesuffix("]"))
-    return inner if is_dataclass(inner) and isinstance(inner, type) else None
-
-
-def known_keys(schema: type = Recipe, prefix: str = "") -> list[str]:
-    """Every key of a recipe, dotted."""
-    keys: list[str] = []
-    for f in fields(schema):
-        inner = _schema_of(f)
-        if inner is None or str(f.type).startswith("list["):
-            keys.append(prefix + f.name)
-        else:
-            keys += known_keys(inner, f"{prefix}{f.name}.")
-    return keys
-
-
 def _explain(error: OmegaConfBaseException, given: dict[str, Any], root: type, prefix: str = "") -> str:
     key = str(error.full_key or error.key or "?")
     wanted = getattr(error.ref_type, "__name__", None) or str(error.ref_type or "another type")
@@ -294,7 +274,6 @@ def _explain(error: OmegaConfBaseException, given: dict[str, Any], root: type, p
 
 def _wanted(key: str, root: type) -> str | None:
     """The declared type of a dotted key, in words."""
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     schema: type | None = root
     declared = ""
     for part in key.replace("[", ".[").split("."):
@@ -303,9 +282,8 @@ def _wanted(key: str, root: type) -> str | None:
         match = next((f for f in fields(schema) if f.name == part), None)
         if match is None:
             return None
-        declared, schema = str(match.type), _schema_of(match)
-    base = declared.removesuffix(" | None")
-    return words.get(base, base) + (" or null" if base != declared else "")
+        declared, schema = str(match.type), schema_of(match)
+    return words_of(declared)
 
 
 def _first_line(error: Exception) -> str:
