@@ -127,6 +127,11 @@ def test_mistakes_are_one_clear_line(
     assert "wanted a whole number" in error_of(monkeypatch, capsys, "pretrain", "demo", "train.steps=x")
     assert "is the run finished" in error_of(monkeypatch, capsys, "eval", str(tmp_path))
     assert str(tmp_path / "none") in error_of(monkeypatch, capsys, "data", "check", str(tmp_path / "none"))
+    for words in ((), ("vqa",), ("--step", "3")):
+        assert "none: no such folder" in error_of(monkeypatch, capsys, "eval", str(tmp_path / "none"), *words)
+    assert "none: no such folder" in error_of(monkeypatch, capsys, "seal", str(tmp_path / "none"))
+    assert "no overrides: --samples 64" in error_of(monkeypatch, capsys, "eval", str(tmp_path), "eval.samples=64")
+    assert "no overrides: the recipe is" in error_of(monkeypatch, capsys, "eval", str(tmp_path), "train.steps=64")
 
 
 def test_a_recipe_that_does_not_match_the_run_is_refused(

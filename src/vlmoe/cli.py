@@ -54,6 +54,40 @@ def path(text: str) -> Path:
 
 
 @app.command()
+def new(
+    images: Annotated[
+        str, typer.Option(metavar="DIR", help="A folder of images; captions beside them or in a table.")
+    ] = "",
+    shards: Annotated[str, typer.Option(metavar="PATTERN", help="WebDataset shards: 'data/{000..017}.tar'.")] = "",
+    parquet: Annotated[str, typer.Option(metavar="FILE", help="A parquet file, a pattern or a folder of them.")] = "",
+    out: Annotated[Path, typer.Option(parser=path, help="The recipe to write; must not be there yet.")] = Path(
+        "recipe.yaml"
+    ),
+    kind: Annotated[str, typer.Option(help="pair or image; auto: pairs where there are captions.")] = "auto",
+    minutes: Annotated[float, typer.Option(min=0.1, help="That the training may take, about.")] = 30,
+    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column.")] = "image",
+    text_column: Annotated[
+        str, typer.Option(help="Of parquet, tables and .json members: where captions are.")
+    ] = "text",
+) -> None:
+    """A recipe for your own images and captions: looks at the data, chooses sizes that fit them and this machine.
+
+    Every choice stands in the recipe, with its reason. Trains a few steps to say how long a run takes.
+    """
+    from vlmoe.data.survey import survey
+    from vlmoe.study.new import describe, new_recipe, refuse_to_overwrite
+
+    given = [(type_, where) for type_, where in (("folder", images), ("shards", shards), ("parquet", parquet)) if where]
+    if len(given) != 1:
+        raise UserError("wanted one of --images DIR, --shards PATTERN and --parquet FILE: vlmoe new --images my/photos")
+    ((type_, where),) = given
+    refuse_to_overwrite(out)
+    found = survey(type_, home(where), kind, image_column, text_column, progress=sys.stdout.isatty())
+    draft = new_recipe(found, out, minutes)
+    print(*describe(draft), f"{out}: written. Train: vlmoe pretrain {out}", sep="\n")
+
+
+@app.command()
 def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Masked data modelling from scratch, or on from where the run in run.dir stopped.
 
@@ -153,6 +187,11 @@ def evaluate(
     from vlmoe.tasks.export import Finetuned, is_finetuned
     from vlmoe.train.kept import load_step
 
+    if task is not None and "=" in task:
+        key, _, value = task.partition("=")
+        option = {"eval.samples": "--samples", "eval.batch": "--batch", "data.workers": "--workers"}.get(key)
+        hint = f"{option} {value}" if option else "the recipe is the run's own, see its recipe.yaml"
+        raise UserError(f"'{task}': vlmoe eval takes no overrides: {hint}")
     kept = None if step is None else load_step(run, step, pick_device(device, "--device"))
     tag = "" if kept is None else f"-step-{step}"
     if isinstance(kept, Finetuned) or (kept is None and (task is not None or is_finetuned(run))):

@@ -1,4 +1,4 @@
-"""What each key of a recipe is: type, default and meaning, from the dataclasses and the comments beside their fields."""
+"""Type, default and meaning of each key of a recipe, from the dataclasses and the comments beside their fields."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ def as_page() -> str:
         "# Keys of a recipe", "",
         "Written by `vlmoe recipe keys --markdown > docs/recipe-keys.md` from `src/vlmoe/config/schema.py` and",
         "`finetune.py`; change it there. `vlmoe recipe keys train.guard` prints a part of it, `--finetune` the keys of",
-        "fine-tuning. How a recipe is written, and what `like` at its top does: [training.md](training.md#which-recipes-are-read).", "",
+        "fine-tuning. How a recipe is written, and what `like` at its top does:",
+        "[training.md](training.md#which-recipes-are-read).", "",
     ]  # fmt: skip
     seen: dict[type, str] = {}
     for title, root in (("Pre-training", Recipe), ("Fine-tuning", finetune.FinetuneRecipe)):

@@ -1,7 +1,7 @@
 """The recipe's keys: a tree of plain dataclasses, each with its default.
 
-The comment beside a field, and those below it, are what `vlmoe recipe keys` and docs/recipe-keys.md say the key means; a
-class's docstring is what they say of its group.
+What `vlmoe recipe keys` and docs/recipe-keys.md say of a key is the comment beside its field, with the lines below; of
+a group, its class's docstring.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class RouterConfig:
 
 @dataclass
 class ModalityConfig:
-    """The feed-forward side of one modality."""
+    """The feed-forward side of one modality. A recipe that says nothing of experts gets VL-MoE's layout: every other
+    block sparse, a token takes one of eight experts as large as the dense layer. `sparse: none` is a dense model."""
 
-    sparse: str = "none"  # which blocks: none, all, odd (every other one, from the second), even, last, or "1,3,5"
+    sparse: str = "odd"  # which blocks: none, all, odd (every other one, from the second), even, last, or "1,3,5"
     experts: int = 8  # in each sparse layer
     expert_size: float = 1.0  # hidden units of an expert, before it is split, over the dense layer's
     granularity: int = 1  # m: experts split into m times as many of 1/m the hidden size, of which a token takes m * k
