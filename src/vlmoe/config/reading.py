@@ -33,6 +33,7 @@ BEFORE = {
     "data.world.facts": 0,
     "data.world.grid": 3,
     "data.world.captions": "sentences",
+    "data.world.held_out_scenes": 0.0,
 }
 
 
