@@ -155,7 +155,7 @@ def test_broken_model_files_are_named(run: tuple[Path, str], tmp_path: Path) -> 
 
 
 def test_help_is_there_for_every_command() -> None:
-    for words in ("", "pretrain", "eval", "info", "data", "data make", "data check", "data show"):
+    for words in ("", "pretrain", "eval", "info", "data", "data make", "data check", "data show", "new", "recipe keys"):
         assert "Usage:" in invoke(*words.split(), "--help")
 
 

@@ -19,6 +19,7 @@ from vlmoe.config import (
     load_finetune,
     load_recipe,
     recipe_names,
+    to_yaml,
 )
 from vlmoe.study.declare import load_study, study_names
 from vlmoe.train.output import forgiving_output
@@ -399,6 +400,12 @@ def recipe_keys(
         return
     found = select(groups(FinetuneRecipe if finetune else Recipe), prefix)
     _print_json([vars(key) for group in found for key in group.keys]) if as_json else print(as_text(found))
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """What a recipe comes to, with what it takes from others, every key written out as YAML."""
+    print(to_yaml(load_recipe(recipe, overrides)), end="")
 
 
 @data_app.command("make")

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from vlmoe.cli import app
 from vlmoe.config import RecipeError, from_mapping, load_finetune, load_recipe, override, recipe_names, to_mapping
 
 MINE = "sources: [{kind: pair, type: folder, path: photos}]"
@@ -23,6 +25,8 @@ def test_what_is_left_out_is_the_other_recipes(tmp_path: Path) -> None:
     expected["model"] |= {"width": 64}
     expected["model"]["vision"] |= {"experts": 4}
     assert to_mapping(found) == expected
+    shown = CliRunner().invoke(app, ["recipe", "show", str(tmp_path / "mine.yaml"), "seed=3"]).output
+    assert load_recipe(write(tmp_path / "shown.yaml", shown)) == load_recipe(str(tmp_path / "mine.yaml"), ["seed=3"])
 
 
 def test_lists_are_replaced_and_overrides_come_last(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def test_broken_samples_are_counted_and_too_many_refused(tmp_path: Path) -> None
         (["--images", "broken"], "broken: no sample of 1 can be used; the first: x.png"),
         (["--images", "broken", "--kind", "video"], "--kind got 'video'"),
         (["--shards", "none.tar"], "no file none.tar"),
+        (["--shards", "hollow.tar"], "hollow.tar: no sample in it"),
         (["--parquet", "none.parquet"], "no such file"),
         (["--images", "empty", "--out", "x.txt"], "--out got x.txt"),
         (["--images", "empty", "--out", "no/x.yaml"], "there is no folder no"),
@@ -163,6 +164,7 @@ def test_what_cannot_be_is_said_and_nothing_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
+    tarfile.open(tmp_path / "hollow.tar", "w").close()
     (tmp_path / "broken" / "x.png").write_bytes(b"no image")
     assert words in error_of(monkeypatch, capsys, "new", *options)
     assert not list(tmp_path.rglob("*.yaml"))

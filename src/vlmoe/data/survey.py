@@ -72,6 +72,8 @@ def survey(
     if kind == "auto" and found.bad.total() == found.looked_at and {*found.bad} <= {*_NO_CAPTION}:
         found = Survey(type, path, "image", image_column, text_column)
         _look(found, max_pixels, progress)
+    if not found.looked_at:
+        raise UserError(f"{path}: no sample in it; vlmoe data check says what there is")
     if found.bad.total() == found.looked_at:
         raise UserError(f"{path}: no sample of {found.looked_at} can be used; the first: {found.first_bad}")
     return found

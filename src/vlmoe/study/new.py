@@ -107,7 +107,8 @@ def new_recipe(
     from vlmoe.model import account
 
     draft = _draft(found, machine or this_machine(), _name(found.path))
-    for draft.batch in [b for b in BATCHES if b <= max(BATCHES[-1], found.samples // 2)]:
+    for size in [b for b in BATCHES if b <= max(BATCHES[-1], found.samples // 2)]:
+        draft.batch = size
         recipe = _load(draft, out)
         if account(recipe).memory.peak <= draft.machine.memory / 2:
             break
