@@ -233,7 +233,7 @@ def as_yaml(draft: Draft, out: Path) -> str:
         f"  max_text: {draft.max_text}"
         + (f"  # tokens; {_cut(draft)} of the captions are longer and cut" if pairs else ""),
         f"  vocabulary: {draft.vocabulary}",
-        "  vl_ffn: 0  # with one above 0, experts in the top blocks would meet no pair",
+        "  vl_ffn: 0  # " + ("above 0, experts in the top blocks would meet no pair" if pairs else "for pairs alone"),
         "data:",
         "  sources:",
         f"    - {{type: {f.type}, kind: {draft.kind}, path: {path}{columns}}}",
@@ -248,7 +248,10 @@ def as_yaml(draft: Draft, out: Path) -> str:
             if pairs
             else ["    patches: 0.4  # share of the image that is hidden"]
         ),
-        "  text_tokenizer: {type: corpus, samples: 20000}  # trained on the captions; hf takes a tokenizer.json",
+        *(
+            ["  text_tokenizer: {type: corpus, samples: 20000}  # trained on the captions; hf: any tokenizer.json"]
+            * pairs
+        ),
         f"  visual_tokenizer: {{steps: {300 if f.samples < 1000 else 900}}}",
         f"  workers: {workers}",
         f"  max_bad_share: {bad}  # {f.bad_share:.1%} of the samples looked at cannot be used",
