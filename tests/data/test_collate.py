@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from tests.data.fakes import WORDS, FakeSource, small_recipe
+from vlmoe.config import MaskingConfig
 from vlmoe.data.batch import IGNORE
 from vlmoe.data.collate import Collator, Ready, token_factors
 from vlmoe.data.counter import stream
@@ -173,3 +174,24 @@ def test_whole_names_are_hidden_without_a_draw() -> None:
     assert batch.target_BT is not None
     hidden = [(batch.target_BT[b, : len(i.ids)] != IGNORE).tolist() for b, i in enumerate(items)]
     assert hidden == [i.maskable_T.tolist() for i in items]
+
+
+def test_only_words_of_the_classes_asked_are_hidden() -> None:
+    c, _ = ready("pair", 0)
+    c = Collator(c.model, MaskingConfig(pair_text=1.0, words=["first"]), TOKENIZER, "pair")
+    source = FakeSource("pair", 20)
+    items = [c.ready(source[i]) for i in range(20)]
+    batch = c.batch(items, list(range(20)), key=1)
+    assert batch.target_BT is not None
+    for b, item in enumerate(items):
+        (span,) = item.sample.spans  # the first word
+        expected = [start < span.stop and stop > span.start for start, stop in item.offsets]
+        assert (batch.target_BT[b, : len(item.ids)] != IGNORE).tolist() == expected
+        assert any(expected)
+
+
+def test_a_text_without_the_words_asked_is_bad() -> None:
+    c, _ = ready("text", 0)
+    c = Collator(c.model, MaskingConfig(words=["code"]), TOKENIZER, "text")
+    with pytest.raises(BadSample, match=r"no word of the text is known as one of \['code'\] \(data.masking.words\)"):
+        c.ready(Sample("k", text="red star"))

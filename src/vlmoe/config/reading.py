@@ -25,6 +25,7 @@ BEFORE = {
     "init_allow_inexact": False,
     "branch_from": "",
     "model.patch_stem": "linear",
+    "model.stem_channels": 32,
     "train.patch_lr": 1.0,
     "train.schedule": "cosine",
     "train.decay_steps": 0,
@@ -34,6 +35,7 @@ BEFORE = {
     "data.world.grid": 3,
     "data.world.captions": "sentences",
     "data.world.held_out_scenes": 0.0,
+    "data.masking.words": [],
 }
 
 
