@@ -87,7 +87,7 @@ def test_another_shape_is_refused_before_anything_is_written(dense: Path, tmp_pa
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
         invoke("pretrain", "demo", f"run.dir={tmp_path / 'x'}", "init=nowhere", *OVERRIDES, *SHORT)
 
 
