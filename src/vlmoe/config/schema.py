@@ -130,9 +130,7 @@ class MaskingConfig:
 
     text: float = 0.15  # of the tokens of text-only samples
     pair_text: float = 0.5  # of the tokens of a pair's text
-    words: list[str] = field(
-        default_factory=list
-    )  # classes of the words that may be hidden, as [code]; []: any
+    words: list[str] = field(default_factory=list)  # classes of the words that may be hidden, as [code]; []: any
     patches: float = 0.4  # of the patches of image-only samples, in blocks
     pair_patches: float = 0.4  # of the patches of a pair's image, likewise; 0: pairs teach words alone
     min_block: int = 2  # smallest block, in patches

@@ -272,7 +272,7 @@ def describe(draft: Draft) -> list[str]:
     lines = [
         f"Looked at {f.looked_at:,} of {f.samples:,} samples; {f.bad.total():,} cannot be used"
         + (f": {', '.join(f'{count:,} {reason}' for reason, count in f.bad.most_common(3))}." if f.bad else "."),
-        f"Images: shorter side {low} to {high} pixels, {middle} in the middle."
+        f"Images: shorter side {low} to {high} pixels, median {middle}."
         if low < high
         else f"Images: shorter side {low} pixels.",
     ]
@@ -282,8 +282,8 @@ def describe(draft: Draft) -> list[str]:
     same = 1 - len(set(f.texts)) / len(f.texts)
     return [
         *lines,
-        f"Captions: {words[0]} words in the middle, {words[1]} at most; {tokens[0]} and {tokens[1]} tokens; "
-        f"{same:.0%} of them occurred before.",
+        f"Captions: median {words[0]} words ({tokens[0]} tokens), at most {words[1]} ({tokens[1]}); {same:.0%} repeat "
+        "an earlier one.",
     ]
 
 
