@@ -47,7 +47,7 @@ def test_the_papers_recipes_are_packaged() -> None:
         ({"model": {"vision": {"sparse": "1,9"}}}, ["model.vision.sparse", "below 6"]),
         ({"model": {"text": {"router": {"k": 9}}}}, ["model.text.router.k", "got 9", "1 to model.text.experts (8)"]),
         ({"data": {"batch": {"image": 0, "text": 0, "pair": 0}}}, ["data.batch", "at least one kind"]),
-        ({"data": {"sources": [{"kind": "pair"}]}}, ["data.batch.image", "no image source"]),
+        ({"data": {"sources": [{"kind": "pair"}], "batch": {"image": 4}}}, ["data.batch.image", "no image source"]),
         ({"data": {"sources": [{"type": "shards", "kind": "pair"}]}}, ["data.sources[0].path"]),
         ({"model": {"text": {"router": {"load": 0.1, "noise": 0}}}}, ["model.text.router.noise", "load loss"]),
         ({"train": {"warmup": -1}}, ["train.warmup", "got -1", "not below 0"]),

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmoe.config import TASKS, Recipe, UserError, home, init_of, load_finetune, load_recipe, recipe_names
+from vlmoe.config import (
+    TASKS,
+    FinetuneRecipe,
+    Recipe,
+    UserError,
+    home,
+    init_of,
+    load_finetune,
+    load_recipe,
+    recipe_names,
+    to_yaml,
+)
 from vlmoe.study.declare import load_study, study_names
 from vlmoe.train.output import forgiving_output
 
@@ -23,6 +34,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make, check and look at data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+recipe_app = typer.Typer(help="What can stand in a recipe.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipe_app, name="recipe")
 
 RecipeName = Annotated[
     str,
@@ -39,6 +52,40 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs inst
 def path(text: str) -> Path:
     """A path from the command line; shells put the home folder for ~ only at the beginning of a word."""
     return Path(home(text))
+
+
+@app.command()
+def new(
+    images: Annotated[
+        str, typer.Option(metavar="DIR", help="A folder of images; captions beside them or in a table.")
+    ] = "",
+    shards: Annotated[str, typer.Option(metavar="PATTERN", help="WebDataset shards: 'data/{000..017}.tar'.")] = "",
+    parquet: Annotated[str, typer.Option(metavar="FILE", help="A parquet file, a pattern or a folder of them.")] = "",
+    out: Annotated[Path, typer.Option(parser=path, help="The recipe to write; must not be there yet.")] = Path(
+        "recipe.yaml"
+    ),
+    kind: Annotated[str, typer.Option(help="pair or image; auto: pairs where there are captions.")] = "auto",
+    minutes: Annotated[float, typer.Option(min=0.1, help="That the training may take, about.")] = 30,
+    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column.")] = "image",
+    text_column: Annotated[
+        str, typer.Option(help="Of parquet, tables and .json members: where captions are.")
+    ] = "text",
+) -> None:
+    """A recipe for your own images and captions: looks at the data, chooses sizes that fit them and this machine.
+
+    Every choice stands in the recipe, with its reason. Trains a few steps to say how long a run takes.
+    """
+    from vlmoe.data.survey import survey
+    from vlmoe.study.new import describe, new_recipe, refuse_to_overwrite
+
+    given = [(type_, where) for type_, where in (("folder", images), ("shards", shards), ("parquet", parquet)) if where]
+    if len(given) != 1:
+        raise UserError("wanted one of --images DIR, --shards PATTERN and --parquet FILE: vlmoe new --images my/photos")
+    ((type_, where),) = given
+    refuse_to_overwrite(out)
+    found = survey(type_, home(where), kind, image_column, text_column, progress=sys.stdout.isatty())
+    draft = new_recipe(found, out, minutes)
+    print(*describe(draft), f"{out}: written. Train: vlmoe pretrain {out}", sep="\n")
 
 
 @app.command()
@@ -141,6 +188,11 @@ def evaluate(
     from vlmoe.tasks.export import Finetuned, is_finetuned
     from vlmoe.train.kept import load_step
 
+    if task is not None and "=" in task:
+        key, _, value = task.partition("=")
+        option = {"eval.samples": "--samples", "eval.batch": "--batch", "data.workers": "--workers"}.get(key)
+        hint = f"{option} {value}" if option else "the recipe is the run's own, see its recipe.yaml"
+        raise UserError(f"'{task}': vlmoe eval takes no overrides: {hint}")
     kept = None if step is None else load_step(run, step, pick_device(device, "--device"))
     tag = "" if kept is None else f"-step-{step}"
     if isinstance(kept, Finetuned) or (kept is None and (task is not None or is_finetuned(run))):
@@ -329,6 +381,31 @@ def seal(
 
     for file in write(folder):
         print(file)
+
+
+@recipe_app.command("keys")
+def recipe_keys(
+    prefix: Annotated[
+        str, typer.Argument(metavar="[PREFIX]", help="Only this key, or those of this group: model.vision.router.")
+    ] = "",
+    finetune: Annotated[bool, typer.Option("--finetune", help="The keys of a fine-tuning recipe.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of both kinds, as docs/recipe-keys.md.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Every key of a recipe: its type, its default and what it means. One line each."""
+    from vlmoe.config.keys import as_page, as_text, groups, select
+
+    if markdown:
+        print(as_page(), end="")
+        return
+    found = select(groups(FinetuneRecipe if finetune else Recipe), prefix)
+    _print_json([vars(key) for group in found for key in group.keys]) if as_json else print(as_text(found))
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """What a recipe comes to, with what it takes from others, every key written out as YAML."""
+    print(to_yaml(load_recipe(recipe, overrides)), end="")
 
 
 @data_app.command("make")

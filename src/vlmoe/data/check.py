@@ -67,7 +67,7 @@ def check_data(
         try:
             sample = source[index]
         except BadSample as error:
-            reasons[_class(error.reason)] += 1
+            reasons[reason_class(error.reason)] += 1
             if len(first) < FIRST_ERRORS:
                 first.append({"key": error.key, "reason": error.reason})
             continue
@@ -122,7 +122,7 @@ def tell_type(path: str) -> str:
     raise UserError(f"{path}: no such folder, and neither .tar nor .parquet: say what it is with --type")
 
 
-def _class(reason: str) -> str:
+def reason_class(reason: str) -> str:
     """A reason without its particulars, for counting."""
     return reason.split(":")[0].split(" (")[0] if not reason[:1].isdigit() else "too many pixels"
 
