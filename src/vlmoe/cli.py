@@ -354,13 +354,21 @@ def data_make(
 
 @data_app.command("check")
 def data_check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Shards (brace or glob pattern), a folder or parquet.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Shards (brace or glob pattern), a folder, parquet or arrow files.")
+    ],
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
-    type_: Annotated[str, typer.Option("--type", help="shards, folder or parquet; auto tells by the path.")] = "auto",
-    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column, as in a recipe.")] = "image",
+    type_: Annotated[
+        str, typer.Option("--type", help="shards, folder, parquet or arrow; auto tells by the path.")
+    ] = "auto",
+    image_column: Annotated[str, typer.Option(help="Of parquet and arrow: images' column, as in a recipe.")] = "image",
     text_column: Annotated[
-        str, typer.Option(help="Of parquet, tables and .json members: where captions are, as in a recipe.")
+        str, typer.Option(help="Of parquet, arrow, tables and .json members: where captions are, as in a recipe.")
     ] = "text",
+    images: Annotated[
+        Path | None, typer.Option(parser=path, help="Of parquet and arrow: folder of images named by their path.")
+    ] = None,
+    turns: Annotated[str, typer.Option(help="Of conversations: answer, the first one; or all.")] = "answer",
     as_json: Json = False,
 ) -> None:
     """Validate anyone's data: counts, broken images, caption lengths, first errors with file and key.
@@ -371,8 +379,9 @@ def data_check(
     from vlmoe.data.check import check_data, print_check
 
     report = check_data(
-        home(path), kind=kind, type=type_, image_column=image_column, text_column=text_column, progress=not as_json
-    )
+        home(path), kind=kind, type=type_, image_column=image_column, text_column=text_column,
+        images=str(images or ""), turns=turns, progress=not as_json,
+    )  # fmt: skip
     if as_json:
         _print_json(report)
     else:
@@ -393,7 +402,7 @@ def data_show(
     """Save a contact sheet of samples as they enter the model: resized, masked, tokenized."""
     from vlmoe.data.show import show_data
 
-    show_data(load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples)
+    show_data(load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples, say=print)
     print(out)
 
 

@@ -101,12 +101,14 @@ class WorldConfig:
 class SourceConfig:
     """One source of samples. `kind` is what it yields: image, text or pair."""
 
-    type: str = "world"  # world, shards, folder, parquet
+    type: str = "world"  # world, shards, folder, parquet, arrow (what `datasets` saves with save_to_disk)
     kind: str = "pair"  # image, text, pair
-    path: str = ""  # shards: brace or glob pattern of .tar files; folder: directory; parquet: file or glob
+    path: str = ""  # shards: brace or glob pattern of .tar files; folder: directory; parquet, arrow: file, glob, folder
     weight: float = 1.0
-    image_column: str = "image"  # parquet
-    text_column: str = "text"  # parquet, and the key in a shard's .json
+    image_column: str = "image"  # parquet, arrow
+    text_column: str = "text"  # parquet, arrow, and the key in a shard's .json
+    images: str = ""  # parquet, arrow: folder of images that rows name by their path; empty: the file's own
+    turns: str = "answer"  # where the text is a conversation: answer, the first one; all, one after the other
 
 
 @dataclass

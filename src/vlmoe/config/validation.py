@@ -91,11 +91,12 @@ def _model(m: ModelConfig, need: Need) -> None:
 def _data(d: DataConfig, m: ModelConfig, need: Need) -> None:
     for i, source in enumerate(d.sources):
         key = f"data.sources[{i}]"
-        types = {"world", "shards", "folder", "parquet"}
-        need(source.type in types, f"{key}.type", source.type, "world, shards, folder or parquet")
+        types = {"world", "shards", "folder", "parquet", "arrow"}
+        need(source.type in types, f"{key}.type", source.type, "world, shards, folder, parquet or arrow")
         need(source.kind in {"image", "text", "pair"}, f"{key}.kind", source.kind, "image, text or pair")
         need(source.type == "world" or bool(source.path), f"{key}.path", source.path, "the path of the data")
         need(source.weight > 0, f"{key}.weight", source.weight, "a positive number")
+        need(source.turns in {"answer", "all"}, f"{key}.turns", source.turns, "answer or all")
     kinds = {source.kind for source in d.sources}
     sizes = {kind: getattr(d.batch, kind) for kind in ("image", "text", "pair")}
     need(any(sizes.values()), "data.batch", sizes, "at least one kind above 0")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vlmoe.config import DataConfig, ModelConfig, Recipe, SourceConfig, UserError
+from vlmoe.data.arrow import ArrowSource
 from vlmoe.data.files import FileOptions, FileSource
 from vlmoe.data.folder import ImageFolder, TextLines
 from vlmoe.data.parquet import ParquetSource
@@ -52,12 +55,24 @@ def _open(config: SourceConfig, data: DataConfig, model: ModelConfig, split: str
 
 
 def open_files(type: str, options: FileOptions) -> FileSource:
-    """A file source by its type: shards, folder or parquet."""
+    """A file source by its type: shards, folder, parquet or arrow."""
     if type == "shards":
         return ShardSource(options)
     if type == "parquet":
         return ParquetSource(options)
+    if type == "arrow":
+        return ArrowSource(options)
     return TextLines(options) if options.kind == "text" else ImageFolder(options)
+
+
+def understood_of(sources: Iterable[Source]) -> list[str]:
+    """What sources take for image, text and codes where that had to be found out, in lines for people."""
+    return [
+        f"{source.kind} of {source.name}: {line}"
+        for source in sources
+        if isinstance(source, FileSource)
+        for line in source.understood()
+    ]
 
 
 def read_text(source: Source, index: int) -> str | None:

@@ -60,7 +60,10 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
             torch.manual_seed(recipe.seed)
             task = MaskedDataModelling(recipe.model, visual_tokenizer)
         del start  # its weights are copied: they need no memory while training
-        result = train(recipe, task, StepData(recipe, text_tokenizer), run_dir)
+        data = StepData(recipe, text_tokenizer)
+        for line in data.understood():
+            console.print(line, highlight=False, markup=False)
+        result = train(recipe, task, data, run_dir)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
     return result
