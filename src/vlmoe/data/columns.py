@@ -93,8 +93,8 @@ class Columns:
                 )
 
     def _as_found(self) -> FileOptions:
-        names = {f"{part}_column": column.name for part, column in self.found.items() if part != "codes"}
-        return replace(self.options, **names)
+        image, text = (self.found[part].name if part in self.found else "" for part in ("image", "text"))
+        return replace(self.options, image_column=image, text_column=text)
 
     def understood(self) -> list[str]:
         """A sentence for each part: its column, what it holds, and what of it is taken."""

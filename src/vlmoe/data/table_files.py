@@ -82,8 +82,9 @@ def _rather_train(names: list[str]) -> str:
 def _saved(folder: Path) -> list[Path]:
     """The files of a saved data set, in its own order."""
     listed = read_json(folder / STATE).get("_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or ()]
-    if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+    given = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or ()]
+    names = [name for name in given if isinstance(name, str) and name == os.path.basename(name)]
+    if not names or len(names) < len(given):
         raise UserError(f"{folder / STATE}: expected '_data_files', a list of objects with the 'filename' of each")
     for name in names:
         if not (folder / name).is_file():
