@@ -36,6 +36,8 @@ BEFORE = {
     "data.world.facts": 0,
     "data.world.grid": 3,
     "data.world.captions": "sentences",
+    "eval.every": 0,
+    "data.sources[].held_out": 0.01,
     "data.sources[].images": "",
     "data.sources[].turns": "answer",
 }

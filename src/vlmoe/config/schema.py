@@ -105,6 +105,7 @@ class SourceConfig:
     kind: str = "pair"  # image, text, pair
     path: str = ""  # shards: brace or glob pattern of .tar files; folder: directory; parquet, arrow: file, glob, folder
     weight: float = 1.0
+    held_out: float = 0.01  # files: share of the samples, by hash, that training never sees; 1: all, for validation
     image_column: str = "image"  # parquet, arrow
     text_column: str = "text"  # parquet, arrow, and the key in a shard's .json
     images: str = ""  # parquet, arrow: folder of images that rows name by their path; empty: the file's own
@@ -210,6 +211,7 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     samples: int = 512  # held-out samples of each split
+    every: int = 0  # steps between two scores of the held-out losses while the run trains; 0: none
     batch: int = 64
     pictures: int = 6  # completions shown beside their picture
 

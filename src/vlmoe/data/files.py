@@ -18,7 +18,7 @@ from vlmoe.data.counter import hash64
 from vlmoe.data.images import decode_image
 from vlmoe.data.sample import BadSample, Sample, Span
 
-HELD_OUT = 0.01
+HELD_OUT = 0.01  # share of the samples, where a recipe says nothing else
 MAX_TEXT_BYTES = 1 << 16  # of one caption or line; what lies beyond is not read: no model here sees that far
 
 
@@ -49,7 +49,7 @@ class FileOptions:
         return cls(
             source.kind, source.path, split, model.image_size, data.max_pixels, source.image_column,
             source.text_column, (model.image_size // model.patch) ** 2 if stored else 0, factors,
-            source.turns, source.images,
+            source.turns, source.images, source.held_out,
         )  # fmt: skip
 
 

@@ -13,12 +13,12 @@ from vlmoe.data.sample import KINDS, Source
 from vlmoe.data.shards import ShardSource
 from vlmoe.data.world import SPLITS, World, available_splits
 
-FILE_SPLITS = ("train", "val")  # val: one sample in a hundred, never trained on; see `files.split_rows`
-
 
 def splits_of(source: SourceConfig, data: DataConfig) -> tuple[str, ...]:
     """The splits that a source offers, "train" first."""
-    return available_splits(data.world) if source.type == "world" else FILE_SPLITS
+    if source.type == "world":
+        return available_splits(data.world)
+    return (*(["train"] if source.held_out < 1 else []), *(["val"] if source.held_out > 0 else []))
 
 
 def held_out_splits(recipe: Recipe, kind: str | None = None) -> list[str]:
