@@ -32,7 +32,7 @@ class FakeSource:
         if self.kind != "image":
             words = [WORDS[j] for j in rng.integers(0, len(WORDS), rng.integers(1, 9))]
             text = " ".join(words)
-            spans = (Span(0, len(words[0]), {"place": "first"}),)
+            spans = (Span(0, len(words[0]), {"place": "first", "word_class": "first"}),)
         return Sample(key, image, text, spans=spans)
 
 

@@ -3,9 +3,11 @@ import pytest
 import torch
 
 from tests.data.fakes import WORDS, FakeSource, small_recipe
+from vlmoe.config import MaskingConfig
 from vlmoe.data.batch import IGNORE
 from vlmoe.data.collate import Collator, Ready, token_factors
-from vlmoe.data.masking import count_of
+from vlmoe.data.counter import stream
+from vlmoe.data.masking import count_of, mask_tokens
 from vlmoe.data.sample import BadSample, Sample, Span
 from vlmoe.data.text_tokenizer import train_wordpiece
 
@@ -149,3 +151,47 @@ def test_stored_codes_reach_the_batch() -> None:
     batch = c.batch(items, [0, 1], key=0)
     assert batch.codes_BP is not None
     assert batch.codes_BP.tolist() == [list(range(16)), list(range(1, 17))]
+
+
+def test_equal_texts_share_their_tokens_and_any_number_of_texts_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmoe.data.collate.KEPT", 2)
+    c, _ = ready("text", 0)
+    texts = ["red star", "blue circle", "green square", "red star", "green square"]
+    items = [c.ready(Sample(str(i), text=text)) for i, text in enumerate(texts)]
+    assert [item.ids[1:-1] for item in items] == [c.tokenizer.encode(text)[0] for text in texts]
+    assert items[0].ids is items[3].ids
+    assert items[2].ids is not items[4].ids  # no room for it
+
+
+def test_whole_names_are_hidden_without_a_draw() -> None:
+    c, items = ready("pair", 8)
+    c.masking.pair_text = 1.0
+    drawn = [
+        p for p, item in enumerate(items) if (mask_tokens(item.maskable_T, 1.0, stream(1, p)) != item.maskable_T).any()
+    ]
+    assert not drawn  # what a draw would give, too
+    batch = c.batch(items, list(range(8)), key=1)
+    assert batch.target_BT is not None
+    hidden = [(batch.target_BT[b, : len(i.ids)] != IGNORE).tolist() for b, i in enumerate(items)]
+    assert hidden == [i.maskable_T.tolist() for i in items]
+
+
+def test_only_words_of_the_classes_asked_are_hidden() -> None:
+    c, _ = ready("pair", 0)
+    c = Collator(c.model, MaskingConfig(pair_text=1.0, words=["first"]), TOKENIZER, "pair")
+    source = FakeSource("pair", 20)
+    items = [c.ready(source[i]) for i in range(20)]
+    batch = c.batch(items, list(range(20)), key=1)
+    assert batch.target_BT is not None
+    for b, item in enumerate(items):
+        (span,) = item.sample.spans  # the first word
+        expected = [start < span.stop and stop > span.start for start, stop in item.offsets]
+        assert (batch.target_BT[b, : len(item.ids)] != IGNORE).tolist() == expected
+        assert any(expected)
+
+
+def test_a_text_without_the_words_asked_is_bad() -> None:
+    c, _ = ready("text", 0)
+    c = Collator(c.model, MaskingConfig(words=["code"]), TOKENIZER, "text")
+    with pytest.raises(BadSample, match=r"no word of the text is known as one of \['code'\] \(data.masking.words\)"):
+        c.ready(Sample("k", text="red star"))

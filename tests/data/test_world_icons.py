@@ -251,6 +251,21 @@ def test_captions_may_be_the_name_alone() -> None:
     assert {"digit seven", "latin capital letter a"} <= {characters.text(i) for i in range(2000)}
 
 
+def test_captions_may_be_name_and_code_of_what_is_drawn() -> None:
+    world = World(WorldConfig(concepts=0, icons=200, max_objects=1, grid=2, captions="codes"), "pair")
+    for i in range(50):
+        (thing,) = world.scene(i).objects
+        sample = world[i]
+        assert thing.drawing is not None
+        assert sample.text == f"{thing.concept.name} {thing.drawing.code:04X}"
+        name, code = sample.spans
+        assert sample.text[code.start : code.stop] == f"{thing.drawing.code:04X}"
+        assert [s.factors["word_class"] for s in (name, code)] == ["name", "code"]
+        assert code.factors["object"] == "1"
+    characters = World(WorldConfig(concepts=60, max_objects=1, captions="codes"), "text")
+    assert {"digit seven 0037", "latin capital letter a 0041"} <= {characters.text(i) for i in range(2000)}
+
+
 def test_splits_follow_the_dial() -> None:
     assert available_splits(ICONS) == ("train", "val", "attributes", "drawing")
     assert available_splits(WorldConfig(icons=len(things()))) == (
@@ -269,7 +284,7 @@ def test_splits_follow_the_dial() -> None:
         ({}, "drawing", "data.world.icons.*at least 1"),
         ({"grid": 4}, "train", "data.world.grid.*1, 2 or 3"),
         ({"grid": 1, "max_objects": 2}, "train", "data.world.max_objects.*got 2, wanted 1 to 1 where grid is 1"),
-        ({"captions": "short"}, "train", "data.world.captions.*sentences or names"),
+        ({"captions": "short"}, "train", "data.world.captions.*sentences, names or codes"),
         ({"captions": "names", "max_objects": 2}, "train", "data.world.captions.*data.world.max_objects"),
         ({"held_out_scenes": 1.0}, "train", "data.world.held_out_scenes.*0 to below 1"),
         ({"facts": 10**6}, "train", f"data.world.facts.*0 to {len(named_characters())}"),

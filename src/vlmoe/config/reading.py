@@ -28,6 +28,7 @@ BEFORE = {
     "init_allow_inexact": False,
     "branch_from": "",
     "model.patch_stem": "linear",
+    "model.stem_channels": 32,
     "train.patch_lr": 1.0,
     "train.schedule": "cosine",
     "train.decay_steps": 0,
@@ -40,6 +41,8 @@ BEFORE = {
     "data.sources[].held_out": 0.01,
     "data.sources[].images": "",
     "data.sources[].turns": "answer",
+    "data.world.held_out_scenes": 0.0,
+    "data.masking.words": [],
 }
 _ITEM = re.compile(r"\[\d+\]")  # in a dotted key
 

@@ -65,6 +65,7 @@ class ModelConfig:
     image_size: int = 48  # pixels, square
     patch: int = 8  # pixels, square
     patch_stem: str = "linear"  # what a patch passes: linear (BEiT-3), or conv, convolutions within it before that
+    stem_channels: int = 32  # conv: of the first convolution; the two after it have twice as many
     max_text: int = 48  # tokens, with start and end
     vocabulary: int = 2048  # rows of the text embedding
     codes: int = 256  # visual vocabulary
@@ -91,7 +92,7 @@ class WorldConfig:
     grid: int = 3  # 3: nine places; 2: the four corners, with objects half as large again; 1: the whole picture
     colours: int = 8
     languages: list[str] = field(default_factory=lambda: ["en"])
-    captions: str = "sentences"  # or names: the object's name alone, for worlds of one object
+    captions: str = "sentences"  # for worlds of one object also names, its name alone, or codes, name and code point
     captions_in_text: float = 0.5  # share of text-only samples that describe a scene nobody shows
     said_twice: float = 0.0  # share of those that describe it twice, in words drawn anew
     held_out_scenes: float = 0.0  # share of all scenes that training never shows, and `val` alone; 0: both show any
@@ -127,6 +128,7 @@ class MaskingConfig:
 
     text: float = 0.15  # of the tokens of text-only samples
     pair_text: float = 0.5  # of the tokens of a pair's text
+    words: list[str] = field(default_factory=list)  # of these classes alone, for example [code]; none given: of any
     patches: float = 0.4  # of the patches of image-only samples, in blocks
     pair_patches: float = 0.4  # of the patches of a pair's image, likewise; 0: pairs teach words alone
     min_block: int = 2  # smallest block, in patches

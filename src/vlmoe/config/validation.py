@@ -37,6 +37,7 @@ def _model(m: ModelConfig, need: Need) -> None:
     need(m.width % m.heads == 0, "model.heads", m.heads, f"a divisor of model.width ({m.width})")
     need(m.image_size % m.patch == 0, "model.patch", m.patch, f"a divisor of model.image_size ({m.image_size})")
     need(m.patch_stem in {"linear", "conv"}, "model.patch_stem", m.patch_stem, "linear or conv")
+    need(m.stem_channels > 0, "model.stem_channels", m.stem_channels, "a positive number")
     need(m.attention in {"shared", "split"}, "model.attention", m.attention, "shared or split")
     need(m.activation in {"gelu", "relu", "swiglu"}, "model.activation", m.activation, "gelu, relu or swiglu")
     need(0 <= m.vl_ffn <= m.depth, "model.vl_ffn", m.vl_ffn, f"0 to model.depth ({m.depth})")
@@ -168,7 +169,8 @@ def check_scenes(world: WorldConfig, need: Need) -> None:
     most = min(4, world.grid**2)
     wanted = f"1 to {most} where grid is {world.grid}"
     need(1 <= world.max_objects <= most, "data.world.max_objects", world.max_objects, wanted)
-    need(world.captions in {"sentences", "names"}, "data.world.captions", world.captions, "sentences or names")
+    forms = {"sentences", "names", "codes"}
+    need(world.captions in forms, "data.world.captions", world.captions, "sentences, names or codes")
     wanted = "a share from 0 to below 1"
     held_out = world.held_out_scenes
     need(0 <= held_out < 1, "data.world.held_out_scenes", held_out, wanted)

@@ -39,7 +39,8 @@ class Collator:
         self, model: ModelConfig, masking: MaskingConfig, tokenizer: TextTokenizer, kind: str, factors: bool = False
     ) -> None:
         self.model, self.masking, self.tokenizer, self.kind, self.factors = model, masking, tokenizer, kind, factors
-        self._tokens: dict[str, Tokens] = {}
+        self._classes = frozenset(masking.words)
+        self._tokens: dict[tuple[str, tuple[tuple[int, int], ...]], Tokens] = {}
 
     def ready(self, sample: Sample) -> Ready:
         """Check and tokenize one sample.
@@ -55,22 +56,30 @@ class Collator:
             return Ready(sample)
         if not sample.text or not sample.text.strip():
             raise BadSample(sample.key, "empty text")
-        found = self._tokens.get(sample.text)
+        asked = tuple((s.start, s.stop) for s in sample.spans if s.factors.get("word_class") in self._classes)
+        if self._classes and not asked:
+            why = f"no word of the text is known as one of {self.masking.words} (data.masking.words)"
+            raise BadSample(sample.key, why)
+        found = self._tokens.get((sample.text, asked))
         if found is None:
-            found = self._tokenize(sample.text)
+            found = self._tokenize(sample.text, asked)
             if len(self._tokens) < KEPT:
-                self._tokens[sample.text] = found
+                self._tokens[sample.text, asked] = found
         ids, offsets, maskable_T, cut = found
         if not maskable_T.any():
-            raise BadSample(sample.key, "no token of the text is in the vocabulary")
+            raise BadSample(sample.key, f"no token of the {'words asked' if asked else 'text'} is in the vocabulary")
         return Ready(sample, ids, offsets, maskable_T, cut)
 
-    def _tokenize(self, text: str) -> Tokens:
+    def _tokenize(self, text: str, asked: tuple[tuple[int, int], ...]) -> Tokens:
+        """asked: ranges of characters that may be hidden; none: all."""
         ids, offsets = self.tokenizer.encode(text)
         room = self.model.max_text - 2
         cut = len(ids) > room
         ids, offsets = ids[:room], offsets[:room]
         maskable_T = np.array([False, *(i != self.tokenizer.unk_id for i in ids), False])
+        if asked:
+            within = [any(start < stop_ and stop > start_ for start_, stop_ in asked) for start, stop in offsets]
+            maskable_T &= np.array([False, *within, False])
         ids = [self.tokenizer.start_id, *ids, self.tokenizer.end_id]
         return ids, [(0, 0), *offsets, (0, 0)], maskable_T, cut
 

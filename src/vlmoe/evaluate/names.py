@@ -5,12 +5,13 @@ Shape suffixes: B batch · T text tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from vlmoe.config import MaskingConfig
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.evaluate.masked import VIEWS, Tally, fill_in, with_next_images
 from vlmoe.tasks.pretrain import MaskedDataModelling
@@ -23,20 +24,27 @@ SHOWS = {  # what each split of the world asks: recall first, then what training
     "drawing": "known things in drawings never shown",
     "unseen": "things never shown nor named",
 }
-NAMING = {"kind", "name"}  # word classes that together are a name: "digit" and "seven"
+NAMING = frozenset({"kind", "name"})  # word classes that together are a name: "digit" and "seven"
 
 
-def hide_names(batch: Batch, mask_id: int) -> Batch | None:
+def asked_classes(masking: MaskingConfig) -> frozenset[str]:
+    """What is hidden together to ask for a thing: the words that training hides, or else its name."""
+    return frozenset(masking.words) or NAMING
+
+
+def hide_names(batch: Batch, mask_id: int, classes: Collection[str] = NAMING) -> Batch | None:
     """The batch with the whole name of one thing hidden in every text, the first that is named, and nothing else.
+
+    classes: word classes that are hidden together instead of a name, for example those that training asks.
 
     Texts that name nothing are left out; None where none of them does, or the data does not know its words' classes.
     """
     assert batch.text_BT is not None and batch.target_BT is not None and batch.image_BCHW is not None
     hidden_BT = torch.zeros_like(batch.target_BT, dtype=torch.bool)
     for b, factors in enumerate(batch.token_factors):
-        classes = factors.get("word_class", [])
-        named = [t for t, word_class in enumerate(classes) if word_class in NAMING]
-        things = factors.get("object", [""] * len(classes))
+        found = factors.get("word_class", [])
+        named = [t for t, word_class in enumerate(found) if word_class in classes]
+        things = factors.get("object", [""] * len(found))
         for t in named:
             hidden_BT[b, t] = things[t] == things[named[0]]
     kept_B = hidden_BT.any(dim=1).nonzero().flatten()
@@ -60,11 +68,13 @@ def hide_names(batch: Batch, mask_id: int) -> Batch | None:
     )
 
 
-def name_scores(model: MaskedDataModelling, batches: Iterable[Batch], mask_id: int) -> dict[str, Any] | None:
+def name_scores(
+    model: MaskedDataModelling, batches: Iterable[Batch], mask_id: int, classes: Collection[str] = NAMING
+) -> dict[str, Any] | None:
     """Share of whole names that are right in every token, for each view; `names`: how many different ones were asked;
     `chance`: one over that. None where the data does not know which words are names."""
     tallies, asked = {view: Tally() for view in VIEWS}, set[tuple[int, ...]]()
-    hidden = (hide_names(batch, mask_id) for batch in batches)
+    hidden = (hide_names(batch, mask_id, classes) for batch in batches)
     for batch, other_BCHW in with_next_images(b for b in hidden if b is not None):
         assert batch.target_BT is not None
         hidden_BT = batch.target_BT != IGNORE

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from vlmoe.config import UserError
 from vlmoe.data.batch import Batch
 from vlmoe.evaluate.masked import expert_use, image_scores, losses, text_alone_scores, text_scores
-from vlmoe.evaluate.names import name_scores
+from vlmoe.evaluate.names import NAMING, name_scores
 from vlmoe.evaluate.restore import restoration_scores
 from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.pretrain import MaskedDataModelling
@@ -20,10 +20,12 @@ def evaluate_masked(
     splits: Iterable[str],
     kinds: Iterable[str],
     mask_id: int,
+    asked: Collection[str] = NAMING,
 ) -> dict[str, Any]:
     """All scores of a pre-trained model.
 
     batches_of(split, kind): held-out batches on the model's device. mask_id: the token that stands for a hidden one.
+    asked: word classes of what a thing is asked by, see `names.asked_classes`.
     The loss is that of pairs.
     Returns {"splits": {split: scores}, "experts": …}.
 
@@ -39,7 +41,7 @@ def evaluate_masked(
             scores: dict[str, Any] = {}
             if "pair" in kinds:
                 scores["text"] = text_scores(model, batches_of(split, "pair"))
-                if names := name_scores(model, batches_of(split, "pair"), mask_id):
+                if names := name_scores(model, batches_of(split, "pair"), mask_id, asked):
                     scores["names"] = names
                 image = image_scores(model, batches_of(split, "pair"))
                 if image["predictions"]:

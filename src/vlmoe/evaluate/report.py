@@ -15,7 +15,7 @@ from vlmoe.data.batch import Batch
 from vlmoe.data.loader import held_out, held_out_size
 from vlmoe.data.sources import held_out_splits
 from vlmoe.evaluate.completions import Completion, complete, draw
-from vlmoe.evaluate.names import SHOWS
+from vlmoe.evaluate.names import SHOWS, asked_classes
 from vlmoe.evaluate.pretrained import evaluate_masked
 from vlmoe.model.device import pick_device
 from vlmoe.tasks.export import Pretrained, load_pretrained
@@ -45,7 +45,8 @@ def evaluate_run(
             yield batch.to(where)
 
     kinds = [kind for kind in ("pair", "image", "text") if getattr(recipe.data.batch, kind)]
-    report = evaluate_masked(trained.model, batches_of, held_out_splits(recipe), kinds, trained.text_tokenizer.mask_id)
+    mask_id, asked = trained.text_tokenizer.mask_id, asked_classes(recipe.data.masking)
+    report = evaluate_masked(trained.model, batches_of, held_out_splits(recipe), kinds, mask_id, asked)
     report["samples_per_split"] = count  # at most: a split of files may hold fewer
     if "pair" in kinds and recipe.eval.pictures:
         shown = _completions(trained, recipe.eval.pictures, where)

@@ -35,7 +35,7 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         self.image_size, self.patch = config.image_size, config.patch
         patches, width = (config.image_size // config.patch) ** 2, config.width
-        self.stem = ConvStem(config.patch) if config.patch_stem == "conv" else None
+        self.stem = ConvStem(config) if config.patch_stem == "conv" else None
         self.project = nn.Linear(stem_features(config), width)
         self.class_token = nn.Parameter(torch.empty(1, 1, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))

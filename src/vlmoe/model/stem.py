@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from vlmoe.config import ModelConfig
 
-CHANNELS, STRIDES = (32, 64, 64), (2, 1, 2)  # of each convolution
+STRIDES = (2, 1, 2)  # of each convolution
 KERNEL = 3
 FAINT = 0.1  # of pixels from -1 to 1: deviations well below this are not blown up
+
+
+def stem_channels(config: ModelConfig) -> tuple[int, int, int]:
+    """Channels that each convolution gives."""
+    first = config.stem_channels
+    return first, 2 * first, 2 * first
 
 
 def stem_sides(patch: int) -> list[int]:
@@ -27,15 +33,15 @@ def stem_features(config: ModelConfig) -> int:
     """Values of one patch that the projection sees."""
     if config.patch_stem == "linear":
         return 3 * config.patch**2
-    return CHANNELS[-1] * stem_sides(config.patch)[-1] ** 2 + 2 * 3
+    return stem_channels(config)[-1] * stem_sides(config.patch)[-1] ** 2 + 2 * 3
 
 
 def stem_convolutions(config: ModelConfig) -> list[tuple[int, int, int]]:
     """(values in, channels out, positions) of each convolution on one patch: a product of these sizes."""
     if config.patch_stem == "linear":
         return []
-    inputs, sides = (3, *CHANNELS[:-1]), stem_sides(config.patch)
-    return [(KERNEL**2 * i, o, side**2) for i, o, side in zip(inputs, CHANNELS, sides, strict=True)]
+    channels, sides = stem_channels(config), stem_sides(config.patch)
+    return [(KERNEL**2 * i, o, side**2) for i, o, side in zip((3, *channels), channels, sides, strict=False)]
 
 
 class ConvStem(nn.Module):
@@ -47,12 +53,12 @@ class ConvStem(nn.Module):
     what it sees is which colours there are; this one can look for strokes and corners in any colour.
     """
 
-    def __init__(self, patch: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.patch = patch
-        inputs = (3, *CHANNELS[:-1])
+        self.patch, channels = config.patch, stem_channels(config)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, o, KERNEL, stride, padding=1) for i, o, stride in zip(inputs, CHANNELS, STRIDES, strict=True)
+            nn.Conv2d(i, o, KERNEL, stride, padding=1)
+            for i, o, stride in zip((3, *channels), channels, STRIDES, strict=False)
         )
 
     @torch.no_grad()

@@ -31,7 +31,7 @@ from vlmoe.data.sources import held_out_splits
 from vlmoe.data.workers import STOP_SIGNALS
 from vlmoe.evaluate.downstream import evaluate_task
 from vlmoe.evaluate.masked import losses, text_scores, words_right
-from vlmoe.evaluate.names import name_scores
+from vlmoe.evaluate.names import asked_classes, name_scores
 from vlmoe.study.measure import measure_step
 from vlmoe.tasks.export import Pretrained, load_pretrained
 from vlmoe.train.branch import began_at
@@ -120,10 +120,11 @@ def held_out_scores(trained: Pretrained, recipe: Recipe) -> dict[str, float]:
         text = text_scores(trained.model, batches(factors=True))
         scores |= {"accuracy_words": text["seen"]["accuracy"], "accuracy_blind": text["blind"]["accuracy"]}
         scores |= {f"{view}:{word}": by[view] for view in WORD_VIEWS for word, by in text["by_word_class"].items()}
+        asked = asked_classes(recipe.data.masking)
         for split in splits_of(recipe):
             apart = list(batches("pair", True, split))
             scores[f"{split}:loss"] = scores["loss"] if split == SPLIT else losses(trained.model, apart)["sum"]
-            if names := name_scores(trained.model, apart, trained.text_tokenizer.mask_id):
+            if names := name_scores(trained.model, apart, trained.text_tokenizer.mask_id, asked):
                 scores[f"{split}:names"] = names["seen"]["accuracy"]
                 scores[f"{split}:names_blind"] = names["blind"]["accuracy"]
         if recipe.data.batch.text:

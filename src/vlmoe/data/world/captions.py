@@ -20,7 +20,10 @@ class Captioner:
 
     def __init__(self, language: Language) -> None:
         self.language = language
-        self._ways: dict[int, list[tuple[Step, ...]]] = {0: [compile_template("{name1}", language.code)]}
+        self._ways: dict[int | str, list[tuple[Step, ...]]] = {
+            "names": [compile_template("{name1}", language.code)],
+            "codes": [compile_template("{name1} {code1}", language.code)],
+        }
         for count, templates in ((1, language.one), (2, language.two), (3, language.many)):
             # Each sentence is drawn with equal chance, then the way of saying its objects.
             said = [expand(t, language.objects) for t in templates]
@@ -28,10 +31,11 @@ class Captioner:
             self._ways[count] = [compile_template(w[i % len(w)], language.code) for w in said for i in range(widest)]
         self._pieces: dict[tuple[object, ...], tuple[Piece, ...]] = {}
 
-    def speak(self, scene: Scene, draws: Draws, name_alone: bool = False) -> tuple[str, tuple[Span, ...]]:
-        """A caption and the factors of its words. Of three or four objects it names two.
+    def speak(self, scene: Scene, draws: Draws, form: str = "sentences") -> tuple[str, tuple[Span, ...]]:
+        """A caption and the factors of its words. Of three or four objects a sentence names two.
 
-        name_alone: of a scene with one object, its name and nothing else.
+        form: "sentences"; of a scene with one object also "names", its name and nothing else, and "codes", its name and
+        the code point of what is drawn.
         """
         count = len(scene.objects)
         order = [0]
@@ -39,7 +43,7 @@ class Captioner:
             first = draws.below(count)
             second = draws.below(count - 1)
             order = [first, second + (second >= first)]
-        steps = draws.choice(self._ways[0 if name_alone else min(count, 3)])
+        steps = draws.choice(self._ways[min(count, 3) if form == "sentences" else form])
         things = [scene.objects[slot] for slot in order]
         relation = draws.choice(relations(*things)) if count > 1 else ""
         writer, pieces = Writer(), self._pieces
@@ -76,6 +80,8 @@ class Captioner:
         if isinstance(value, Concept):
             return self._name(value, known) if slot == "name" else self._article(case, digit, known, value.name)
         value = str(value)
+        if slot == "code":
+            return ((value, known),)
         if slot == "article":
             table = words.sizes if then.slot == "size" else words.colours
             following = words.inflect(then.slot, table[value], case, digit)

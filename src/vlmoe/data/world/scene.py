@@ -67,6 +67,11 @@ class SceneObject:
     drawing: Drawing | None = field(default=None, repr=False)  # the face tells it
 
     @property
+    def code(self) -> str:
+        """The code point of what is drawn: a drawing's in its font, or the character's; "E8CC"."""
+        return f"{self.drawing.code if self.drawing else ord(self.concept.character):04X}"
+
+    @property
     def cell(self) -> tuple[int, int]:
         """Row and column on the 3x3 grid; the four corners or the centre of it where a world has only those."""
         row, column = divmod(PLACES.index(self.place), 3)

@@ -124,7 +124,7 @@ class World:
 
     def _caption(self, scene: Scene, draws: Draws) -> tuple[str, tuple[Span, ...]]:
         speaker = captioner(draws.choice(self.config.languages))
-        return speaker.speak(scene, draws, name_alone=self.config.captions == "names")
+        return speaker.speak(scene, draws, self.config.captions)
 
     def _key(self, index: int) -> str:
         i = as_index(index)
