@@ -67,7 +67,7 @@ def test_a_table_says_the_same(folder: Path) -> None:
 
 
 def test_captions_of_one_image_are_put_together(folder: Path) -> None:
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"image": "a.png", "caption": "a  red square", "group": "g"},
         {"image": "b.png", "captions": ["blue", "a blue square"], "group": "h"},
         {"image": "a.png", "caption": "red", "group": "g"},
