@@ -14,6 +14,7 @@ from vlmoe.config import (
     sparse_blocks,
     to_mapping,
     to_yaml,
+    with_later_keys,
 )
 
 
@@ -126,3 +127,14 @@ def test_known_keys_are_the_dataclass_tree() -> None:
 )
 def test_sparse_blocks(pattern: str, blocks: set[int]) -> None:
     assert sparse_blocks(pattern, 4) == blocks
+
+
+def test_sources_of_before_a_key_was_there_are_as_they_were() -> None:
+    now = {"data.sources[0].kind": "pair", "data.sources[0].turns": "answer", "data.sources[0].held_out": 0.01}
+    then = {"data.sources[0].kind": "pair"}
+    assert with_later_keys(then, now) == now
+    as_lists = with_later_keys({"data.sources": [{"kind": "pair"}]}, {"data.sources": []})
+    later = {"kind": "pair", "turns": "answer", "held_out": 0.01, "images": ""}
+    assert as_lists["data.sources"] == [later]
+    changed = with_later_keys({"data.sources[0].turns": "all"}, now)
+    assert changed["data.sources[0].turns"] == "all"

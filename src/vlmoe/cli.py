@@ -431,25 +431,57 @@ def data_make(
 
 @data_app.command("check")
 def data_check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Shards (brace or glob pattern), a folder or parquet.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH|RECIPE", help="Shards (brace or glob pattern), a folder, parquet or arrow files; or a recipe."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of a recipe: overrides.")
+    ] = None,
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
-    type_: Annotated[str, typer.Option("--type", help="shards, folder or parquet; auto tells by the path.")] = "auto",
-    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column, as in a recipe.")] = "image",
+    type_: Annotated[
+        str, typer.Option("--type", help="shards, folder, parquet or arrow; auto tells by the path.")
+    ] = "auto",
+    image_column: Annotated[str, typer.Option(help="Of parquet and arrow: images' column, as in a recipe.")] = "image",
     text_column: Annotated[
-        str, typer.Option(help="Of parquet, tables and .json members: where captions are, as in a recipe.")
+        str, typer.Option(help="Of parquet, arrow, tables and .json members: where captions are, as in a recipe.")
     ] = "text",
+    images: Annotated[
+        Path | None, typer.Option(parser=path, help="Of parquet and arrow: folder of images named by their path.")
+    ] = None,
+    turns: Annotated[str, typer.Option(help="Of conversations: answer, the first one; or all.")] = "answer",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of a recipe: samples looked at of each source; default: all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Validate anyone's data: counts, broken images, caption lengths, first errors with file and key.
 
     Accounts for every file and member: part of a sample, or ignored with a reason. Exits with 1 when a sample cannot be
     used, a key occurs twice or there is no sample; files that are ignored are no errors.
+
+    Of a recipe (a packaged one, a YAML file or a run's folder): source by source its share, how often it is repeated
+    over the run, texts that are cut, unknown tokens, samples that occur twice, what of the held-out samples is in
+    training, and a verdict. Its sources say what the other options say of a path. Exits with 1 when there are problems.
     """
     from vlmoe.data.check import check_data, print_check
 
+    if path in recipe_names() or path.endswith((".yaml", ".yml")) or (Path(home(path)) / "recipe.yaml").is_file():
+        from vlmoe.data.check_recipe import check_recipe, print_recipe_check
+
+        found = check_recipe(load_recipe(path, overrides), samples=samples, progress=not as_json)
+        _print_json(found) if as_json else print_recipe_check(found)
+        if found["problems"]:
+            raise typer.Exit(1)
+        return
+    if overrides:
+        raise UserError(f"{path}: is no recipe, and only a recipe takes overrides like {overrides[0]}")
     report = check_data(
-        home(path), kind=kind, type=type_, image_column=image_column, text_column=text_column, progress=not as_json
-    )
+        home(path), kind=kind, type=type_, image_column=image_column, text_column=text_column,
+        images=str(images or ""), turns=turns, progress=not as_json,
+    )  # fmt: skip
     if as_json:
         _print_json(report)
     else:
@@ -470,7 +502,7 @@ def data_show(
     """Save a contact sheet of samples as they enter the model: resized, masked, tokenized."""
     from vlmoe.data.show import show_data
 
-    show_data(load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples)
+    show_data(load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples, say=print)
     print(out)
 
 

@@ -14,14 +14,15 @@ class FilesConfig:
     """One split of a task's own files; see docs/finetune.md for what each task reads.
 
     file: questions JSON (vqa), .jsonl (nlvr2), dataset_*.json (retrieval, caption), folder of classes (classify),
-    .jsonl, .tsv or parquet (nli).
+    .jsonl, .tsv or parquet (nli); one's own .jsonl, .csv or .tsv (vqa, retrieval, caption).
     """
 
     name: str = ""  # of a split that is evaluated; empty: val
     file: str = ""  # the examples
     annotations: str = ""  # vqa: annotations JSON
-    images: str = ""  # folder of the images (vqa, nlvr2, retrieval, caption)
-    part: str = ""  # retrieval, caption: the file's own splits to read, "train,restval"
+    images: str = ""  # folder of the images (vqa, nlvr2, retrieval, caption); of one's own empty: the file's folder
+    part: str = ""  # retrieval, caption, one's own: the file's own splits to read, "train,restval"
+    group: str = ""  # one's own: columns whose values are scored apart, "country,year"; empty: "group" if it is there
 
 
 @dataclass

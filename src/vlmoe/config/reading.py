@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -34,9 +35,14 @@ BEFORE = {
     "data.world.facts": 0,
     "data.world.grid": 3,
     "data.world.captions": "sentences",
+    "eval.every": 0,
+    "data.sources[].held_out": 0.01,
+    "data.sources[].images": "",
+    "data.sources[].turns": "answer",
     "data.world.held_out_scenes": 0.0,
     "data.masking.words": [],
 }
+_ITEM = re.compile(r"\[\d+\]")  # in a dotted key
 
 
 def load_recipe(recipe: str, overrides: list[str] | None = None) -> Recipe:
@@ -186,10 +192,17 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def with_later_keys(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`then`, flat and perhaps written before some keys were there, with what it did for those of them `now` has.
+    """`then`, flat and perhaps written before some keys were there, with what it did for those of them `now` has. Lists
+    may be flat, too ("data.sources[0].type"), or values.
 
     prefix: of both's keys."""
-    return {prefix + k: v for k, v in BEFORE.items() if prefix + k in now} | then
+    before = {prefix + k: v for k, v in BEFORE.items()}
+    known = {key: before[_ITEM.sub("[]", key)] for key in now if _ITEM.sub("[]", key) in before}
+    for key, value in then.items():
+        of_items = {k.removeprefix(f"{key}[]."): v for k, v in before.items() if k.startswith(f"{key}[].")}
+        if of_items and isinstance(value, list):
+            then = then | {key: [of_items | item for item in value]}
+    return known | then
 
 
 def to_yaml(recipe: Recipe | FinetuneRecipe) -> str:

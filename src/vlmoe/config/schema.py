@@ -107,12 +107,15 @@ class WorldConfig:
 class SourceConfig:
     """One source of samples."""
 
-    type: str = "world"  # world, shards, folder, parquet
+    type: str = "world"  # world, shards, folder, parquet, arrow (what `datasets` saves with save_to_disk)
     kind: str = "pair"  # what it yields: image, text, pair
-    path: str = ""  # shards: brace or glob pattern of .tar files; folder: directory; parquet: file or glob
+    path: str = ""  # shards: brace or glob pattern of .tar files; folder: directory; parquet, arrow: file, glob, folder
     weight: float = 1.0  # its share among the sources of its kind
-    image_column: str = "image"  # parquet: where images are
-    text_column: str = "text"  # parquet: where texts are; also the key in .json members, .json files and tables
+    held_out: float = 0.01  # files: share of the samples, by hash, that training never sees; 1: all, for validation
+    image_column: str = "image"  # parquet, arrow: where images are
+    text_column: str = "text"  # parquet, arrow: where texts are; also the key in .json members, .json files and tables
+    images: str = ""  # parquet, arrow: folder of images that rows name by their path; empty: the file's own
+    turns: str = "answer"  # where the text is a conversation: answer, the first one; all, one after the other
 
 
 @dataclass
@@ -225,6 +228,7 @@ class EvalConfig:
     """The scores at the end of a run."""
 
     samples: int = 512  # held-out samples of each split
+    every: int = 0  # steps between two scores of the held-out losses while the run trains; 0: none
     batch: int = 64  # samples at a time
     pictures: int = 6  # completions shown beside their picture
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from vlmoe.config import DataConfig, ModelConfig, SourceConfig, UserError, parse_json
 from vlmoe.data.accounts import Account
+from vlmoe.data.conversations import as_turns, read_conversation
 from vlmoe.data.counter import hash64
 from vlmoe.data.images import decode_image
 from vlmoe.data.sample import BadSample, Sample, Span
 
-HELD_OUT_ONE_IN = 100
+HELD_OUT = 0.01  # share of the samples, where a recipe says nothing else
 MAX_TEXT_BYTES = 1 << 16  # of one caption or line; what lies beyond is not read: no model here sees that far
 
 
@@ -26,7 +27,7 @@ class FileOptions:
     """How files are read.
 
     patches: how many stored codes an image must have, 0 to ignore them. factors: read the truth that `make_shards`
-    wrote beside the samples.
+    wrote beside the samples. turns, images, held_out: as in `SourceConfig`.
     """
 
     kind: str
@@ -38,6 +39,9 @@ class FileOptions:
     text_column: str = "text"
     patches: int = 0
     factors: bool = False
+    turns: str = "answer"
+    images: str = ""
+    held_out: float = HELD_OUT
 
     @classmethod
     def of(cls, source: SourceConfig, data: DataConfig, model: ModelConfig, split: str, factors: bool) -> FileOptions:
@@ -45,6 +49,7 @@ class FileOptions:
         return cls(
             source.kind, source.path, split, model.image_size, data.max_pixels, source.image_column,
             source.text_column, (model.image_size // model.patch) ** 2 if stored else 0, factors,
+            source.turns, source.images, source.held_out,
         )  # fmt: skip
 
 
@@ -72,6 +77,11 @@ class FileSource(ABC):
     def account(self) -> Account:
         """What there is, and what of it is no part of a sample."""
 
+    def understood(self) -> list[str]:
+        """For people: what of the files is taken for image, text and codes, a sentence each, where that had to be found
+        out."""
+        return []
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -83,7 +93,10 @@ class FileSource(ABC):
         row = int(self.rows[index])
         key, options = self.key(row), self.options
         parts = self.read(row, image=self.kind != "text")
-        text = None if self.kind == "image" else choose_caption(parts.captions, key, index + epoch)
+        text, taken = None, parts.taken
+        if self.kind != "image":
+            text, part = choose_caption(parts.captions, key, index + epoch, options.turns)
+            taken = (*taken, part) if part else taken
         image = codes = None
         if self.kind != "text":
             if parts.image is None:
@@ -92,29 +105,35 @@ class FileSource(ABC):
             if options.patches:
                 codes = check_codes(parts.codes, key, options.patches)
         patch_factors, spans = read_truth(parts.truth, key) if parts.truth else ({}, ())
-        return Sample(key, image, text, codes, patch_factors, spans)
+        return Sample(key, image, text, codes, patch_factors, spans, taken)
 
     def text(self, index: int) -> str:
         """The text alone, as in epoch 0, without reading the image."""
         row = int(self.rows[index])
-        return choose_caption(self.read(row, image=False).captions, self.key(row), index)
+        return choose_caption(self.read(row, image=False).captions, self.key(row), index, self.options.turns)[0]
 
 
 @dataclass
 class Parts:
-    """image: encoded bytes. captions: one text or several. codes, truth: as stored, unchecked."""
+    """image: encoded bytes. captions: one text, several, or a conversation. codes, truth: as stored, unchecked. taken:
+    as of `Sample`."""
 
     image: bytes | None = None
     captions: Any = None
     codes: Any = None
     truth: dict[str, Any] | None = None
+    taken: tuple[str, ...] = ()
 
 
-def choose_caption(captions: Any, key: str, number: int) -> str:
-    """One of an entry's captions: number modulo their count. Raises BadSample when there is none or it is no text."""
+def choose_caption(captions: Any, key: str, number: int, turns: str = "answer") -> tuple[str, str]:
+    """One of an entry's captions: number modulo their count. Of a conversation what `turns` says, and that in words.
+
+    Raises BadSample when there is none or it is no text.
+    """
+    part = ""
+    if (conversation := as_turns(captions)) is not None:
+        captions, part = read_conversation(conversation, key, turns)
     if isinstance(captions, (list, tuple, np.ndarray)):
-        if any(isinstance(c, dict) for c in captions):
-            raise BadSample(key, "caption is a conversation (a list of objects): expected a text or a list of texts")
         usable = [c for c in captions if not isinstance(c, str) or c.strip()]
         captions = usable[number % len(usable)] if usable else ""
     if captions is None:
@@ -126,7 +145,7 @@ def choose_caption(captions: Any, key: str, number: int) -> str:
         raise BadSample(key, "empty caption")
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise BadSample(key, "half of a surrogate pair in the caption")
-    return text
+    return text, part
 
 
 def decode_text(raw: bytes, key: str) -> str:
@@ -190,17 +209,19 @@ def read_truth(truth: dict[str, Any], key: str) -> tuple[dict[str, list[str]], t
     return patch_factors, spans
 
 
-def split_rows(hashes: np.ndarray, split: str) -> np.ndarray:
+def split_rows(hashes: np.ndarray, split: str, share: float = HELD_OUT) -> np.ndarray:
     """Entry numbers of a split, from one uint64 hash for each entry.
 
-    One entry in a hundred is held out ("val"), at least one; which ones depends on their file and place alone, so the
-    choice does not change when files are added, and an image is held out from image and pair sources alike.
+    A share of the entries is held out ("val"), at least one unless it is 0; which ones depends on their file and place
+    alone, so the choice does not change when files are added, and an image is held out from image and pair sources
+    alike.
     """
-    held_out = hashes % HELD_OUT_ONE_IN == 0
+    if split == "all" or share in (0, 1):
+        return np.arange(len(hashes) if split == "all" or (share == 1) == (split == "val") else 0, dtype=np.int64)
+    within = np.minimum((hashes // 100) / (2.0**64 / 100), 1 - 1e-9)
+    held_out = hashes % 100 + within < 100 * share  # of 0.01 those whose hash ends in 00
     if len(hashes) > 1 and not held_out.any():
         held_out[np.argmin(hashes)] = True
-    if split == "all":
-        return np.arange(len(hashes), dtype=np.int64)
     return np.flatnonzero(held_out if split == "val" else ~held_out)
 
 

@@ -196,7 +196,7 @@ class ShardSource(FileSource):
         self.starts = np.cumsum([0, *counts])
         self.shown = shown_below(self.paths)
         hashes = [hash_entries(path.name, count) for path, count in zip(self.paths, counts, strict=True)]
-        self.rows = split_rows(np.concatenate(hashes), options.split)
+        self.rows = split_rows(np.concatenate(hashes), options.split, options.held_out)
 
     def locate(self, row: int) -> tuple[int, int]:
         """(shard, entry in it)."""

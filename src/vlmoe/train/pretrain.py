@@ -27,6 +27,7 @@ from vlmoe.train import checkpoint
 from vlmoe.train.branch import branch_off
 from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
 from vlmoe.train.runlog import lock_run, note_event
+from vlmoe.train.validation import held_out_validation
 
 TOKENIZERS, MODEL = "tokenizers", "model"
 MEASURED = 8  # samples of each kind on which a filled model is compared with the dense one
@@ -64,7 +65,11 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
             torch.manual_seed(recipe.seed)
             task = MaskedDataModelling(recipe.model, visual_tokenizer)
         del start  # its weights are copied: they need no memory while training
-        result = train(recipe, task, StepData(recipe, text_tokenizer), run_dir)
+        data = StepData(recipe, text_tokenizer)
+        validation = held_out_validation(recipe, text_tokenizer, device)
+        for line in data.understood():
+            console.print(line, highlight=False, markup=False)
+        result = train(recipe, task, data, run_dir, validation)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
     return result
