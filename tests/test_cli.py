@@ -127,6 +127,11 @@ def test_mistakes_are_one_clear_line(
     assert "wanted a whole number" in error_of(monkeypatch, capsys, "pretrain", "demo", "train.steps=x")
     assert "is the run finished" in error_of(monkeypatch, capsys, "eval", str(tmp_path))
     assert str(tmp_path / "none") in error_of(monkeypatch, capsys, "data", "check", str(tmp_path / "none"))
+    for words in ((), ("vqa",), ("--step", "3")):
+        assert "none: no such folder" in error_of(monkeypatch, capsys, "eval", str(tmp_path / "none"), *words)
+    assert "none: no such folder" in error_of(monkeypatch, capsys, "seal", str(tmp_path / "none"))
+    assert "no overrides: --samples 64" in error_of(monkeypatch, capsys, "eval", str(tmp_path), "eval.samples=64")
+    assert "no overrides: the recipe is" in error_of(monkeypatch, capsys, "eval", str(tmp_path), "train.steps=64")
 
 
 def test_a_recipe_that_does_not_match_the_run_is_refused(
@@ -150,7 +155,7 @@ def test_broken_model_files_are_named(run: tuple[Path, str], tmp_path: Path) -> 
 
 
 def test_help_is_there_for_every_command() -> None:
-    for words in ("", "pretrain", "eval", "info", "data", "data make", "data check", "data show"):
+    for words in ("", "pretrain", "eval", "info", "data", "data make", "data check", "data show", "new", "recipe keys"):
         assert "Usage:" in invoke(*words.split(), "--help")
 
 

@@ -48,7 +48,7 @@ def test_the_papers_recipes_are_packaged() -> None:
         ({"model": {"vision": {"sparse": "1,9"}}}, ["model.vision.sparse", "below 6"]),
         ({"model": {"text": {"router": {"k": 9}}}}, ["model.text.router.k", "got 9", "1 to model.text.experts (8)"]),
         ({"data": {"batch": {"image": 0, "text": 0, "pair": 0}}}, ["data.batch", "at least one kind"]),
-        ({"data": {"sources": [{"kind": "pair"}]}}, ["data.batch.image", "no image source"]),
+        ({"data": {"sources": [{"kind": "pair"}], "batch": {"image": 4}}}, ["data.batch.image", "no image source"]),
         ({"data": {"sources": [{"type": "shards", "kind": "pair"}]}}, ["data.sources[0].path"]),
         ({"model": {"text": {"router": {"load": 0.1, "noise": 0}}}}, ["model.text.router.noise", "load loss"]),
         ({"train": {"warmup": -1}}, ["train.warmup", "got -1", "not below 0"]),
@@ -129,8 +129,14 @@ def test_sparse_blocks(pattern: str, blocks: set[int]) -> None:
     assert sparse_blocks(pattern, 4) == blocks
 
 
-def test_sources_of_before_there_were_streams_were_read_at_random() -> None:
-    now = {"data.sources[0].kind": "text", "data.sources[0].read": "random", "data.stream.readers": 8}
-    assert with_later_keys({"data.sources[0].kind": "text"}, now) == now
-    listed = with_later_keys({"r.data.sources": [{"kind": "text"}]}, {}, "r.")
-    assert listed == {"r.data.sources": [{"kind": "text", "read": "random", "shard_weights": {}}]}
+def test_sources_of_before_a_key_was_there_are_as_they_were() -> None:
+    now = {"data.sources[0].kind": "pair", "data.sources[0].turns": "answer", "data.sources[0].held_out": 0.01}
+    now |= {"data.sources[0].read": "random", "data.sources[0].shard_weights": {}, "data.stream.readers": 8}
+    then = {"data.sources[0].kind": "pair"}
+    assert with_later_keys(then, now) == now
+    later = {"kind": "pair", "turns": "answer", "held_out": 0.01, "images": "", "read": "random", "shard_weights": {}}
+    as_lists = with_later_keys({"data.sources": [{"kind": "pair"}]}, {"data.sources": []})
+    assert as_lists["data.sources"] == [later]
+    assert with_later_keys({"r.data.sources": [{"kind": "pair"}]}, {}, "r.") == {"r.data.sources": [later]}
+    changed = with_later_keys({"data.sources[0].turns": "all"}, now)
+    assert changed["data.sources[0].turns"] == "all"

@@ -36,7 +36,7 @@ def test_python_examples_run(page: Path, folder_with_a_run: Path, monkeypatch: p
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_name_recipes_and_keys_that_exist(page: Path) -> None:
-    from vlmoe.cli import app, data_app
+    from vlmoe.cli import app, data_app, recipe_app
 
     known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     for block in blocks(page, "sh", "bash", "console"):
@@ -44,8 +44,9 @@ def test_commands_name_recipes_and_keys_that_exist(page: Path) -> None:
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if not words or words[0] != "vlmoe":
                 continue
-            if words[1] == "data":
-                assert words[2] in {str(c.name) for c in data_app.registered_commands}, line
+            if words[1] in {"data", "recipe"}:
+                group = data_app if words[1] == "data" else recipe_app
+                assert words[2] in {str(c.name) for c in group.registered_commands}, line
                 continue
             assert words[1] in known | {"--help"}, line
             if words[1] in {"pretrain", "info"}:

@@ -247,6 +247,36 @@ def test_an_image_that_is_missing_in_evaluation_is_left_out_and_listed(pretraine
     assert "1 examples could not be read" in invoke("eval", str(tmp_path / "run"))
 
 
+def own_lines(folder: Path, task: str) -> Path:
+    """Two groups, of which one is held out of training."""
+    lines = []
+    for i, (group, split) in enumerate([("seen", "train")] * 4 + [("seen", "val")] * 2 + [("new", "val")] * 2):
+        paint(folder / f"{i}.png", (40 * (i % 4), 0, 200))
+        about = {"image": f"{i}.png", "group": group, "split": split, "id": f"no. {i}"}
+        said = (
+            {"question": "How blue?", "answer": ["little", "much"][i % 2]} if task == "vqa" else {"caption": f"c {i}"}
+        )
+        lines.append(json.dumps(about | said))
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    return folder / "own.jsonl"
+
+
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_groups_of_ones_own_files_are_scored_apart(task: str, pretrained: Path, tmp_path: Path) -> None:
+    file = own_lines(tmp_path, task)
+    keys = [f"data.train.file={file}", "data.train.part=train", f"data.eval=[{{name: mine, file: {file}, part: val}}]"]
+    output = finetune(task, pretrained, tmp_path / "run", "data.type=files", *keys, "data.batch=4")
+    assert "mine, by group" in output
+    assert "in training" in output
+    report = json.loads((tmp_path / "run" / "eval.json").read_text())
+    groups = report["splits"]["mine"]["by"]["group"]
+    assert {name: found["training_examples"] for name, found in groups.items()} == {"new": 0, "seen": 4}
+    assert all(found["scores"][report["main"]]["n"] == 2 for found in groups.values())
+    file.rename(tmp_path / "elsewhere.jsonl")
+    with pytest.raises(UserError, match=r"own\.jsonl: cannot be read"):
+        evaluate_task(tmp_path / "run")
+
+
 # ------------------------------------------------------------------------------------------------------------ recipes
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", recipe_names("finetune"))

@@ -14,7 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"metrics"},
     "model": {"moe"},
     "tasks": {"model", "data", "moe", "metrics"},
-    "train": {"tasks", "data", "model", "moe"},
+    "train": {"tasks", "data", "model", "moe", "metrics"},
     "evaluate": {"tasks", "data", "model", "moe", "metrics"},
     "interpret": {"train", "evaluate", "tasks", "data", "model", "moe"},
     "study": {"train", "evaluate", "tasks", "data", "model", "moe"},

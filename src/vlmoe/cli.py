@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmoe.config import TASKS, Recipe, UserError, home, init_of, load_finetune, load_recipe, recipe_names
+from vlmoe.config import (
+    TASKS,
+    FinetuneRecipe,
+    Recipe,
+    UserError,
+    home,
+    init_of,
+    load_finetune,
+    load_recipe,
+    recipe_names,
+    to_yaml,
+)
 from vlmoe.study.declare import load_study, study_names
 from vlmoe.train.output import forgiving_output
 
@@ -23,6 +34,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make, check and look at data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+recipe_app = typer.Typer(help="What can stand in a recipe.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipe_app, name="recipe")
 
 RecipeName = Annotated[
     str,
@@ -39,6 +52,40 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs inst
 def path(text: str) -> Path:
     """A path from the command line; shells put the home folder for ~ only at the beginning of a word."""
     return Path(home(text))
+
+
+@app.command()
+def new(
+    images: Annotated[
+        str, typer.Option(metavar="DIR", help="A folder of images; captions beside them or in a table.")
+    ] = "",
+    shards: Annotated[str, typer.Option(metavar="PATTERN", help="WebDataset shards: 'data/{000..017}.tar'.")] = "",
+    parquet: Annotated[str, typer.Option(metavar="FILE", help="A parquet file, a pattern or a folder of them.")] = "",
+    out: Annotated[Path, typer.Option(parser=path, help="The recipe to write; must not be there yet.")] = Path(
+        "recipe.yaml"
+    ),
+    kind: Annotated[str, typer.Option(help="pair or image; auto: pairs where there are captions.")] = "auto",
+    minutes: Annotated[float, typer.Option(min=0.1, help="That the training may take, about.")] = 30,
+    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column.")] = "image",
+    text_column: Annotated[
+        str, typer.Option(help="Of parquet, tables and .json members: where captions are.")
+    ] = "text",
+) -> None:
+    """A recipe for your own images and captions: looks at the data, chooses sizes that fit them and this machine.
+
+    Every choice stands in the recipe, with its reason. Trains a few steps to say how long a run takes.
+    """
+    from vlmoe.data.survey import survey
+    from vlmoe.study.new import describe, new_recipe, refuse_to_overwrite
+
+    given = [(type_, where) for type_, where in (("folder", images), ("shards", shards), ("parquet", parquet)) if where]
+    if len(given) != 1:
+        raise UserError("wanted one of --images DIR, --shards PATTERN and --parquet FILE: vlmoe new --images my/photos")
+    ((type_, where),) = given
+    refuse_to_overwrite(out)
+    found = survey(type_, home(where), kind, image_column, text_column, progress=sys.stdout.isatty())
+    draft = new_recipe(found, out, minutes)
+    print(*describe(draft), f"{out}: written. Train: vlmoe pretrain {out}", sep="\n")
 
 
 @app.command()
@@ -141,6 +188,11 @@ def evaluate(
     from vlmoe.tasks.export import Finetuned, is_finetuned
     from vlmoe.train.kept import load_step
 
+    if task is not None and "=" in task:
+        key, _, value = task.partition("=")
+        option = {"eval.samples": "--samples", "eval.batch": "--batch", "data.workers": "--workers"}.get(key)
+        hint = f"{option} {value}" if option else "the recipe is the run's own, see its recipe.yaml"
+        raise UserError(f"'{task}': vlmoe eval takes no overrides: {hint}")
     kept = None if step is None else load_step(run, step, pick_device(device, "--device"))
     tag = "" if kept is None else f"-step-{step}"
     if isinstance(kept, Finetuned) or (kept is None and (task is not None or is_finetuned(run))):
@@ -331,6 +383,31 @@ def seal(
         print(file)
 
 
+@recipe_app.command("keys")
+def recipe_keys(
+    prefix: Annotated[
+        str, typer.Argument(metavar="[PREFIX]", help="Only this key, or those of this group: model.vision.router.")
+    ] = "",
+    finetune: Annotated[bool, typer.Option("--finetune", help="The keys of a fine-tuning recipe.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="All of both kinds, as docs/recipe-keys.md.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Every key of a recipe: its type, its default and what it means. One line each."""
+    from vlmoe.config.keys import as_page, as_text, groups, select
+
+    if markdown:
+        print(as_page(), end="")
+        return
+    found = select(groups(FinetuneRecipe if finetune else Recipe), prefix)
+    _print_json([vars(key) for group in found for key in group.keys]) if as_json else print(as_text(found))
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """What a recipe comes to, with what it takes from others, every key written out as YAML."""
+    print(to_yaml(load_recipe(recipe, overrides)), end="")
+
+
 @data_app.command("make")
 def data_make(
     recipe: RecipeName,
@@ -354,25 +431,57 @@ def data_make(
 
 @data_app.command("check")
 def data_check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Shards (brace or glob pattern), a folder or parquet.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH|RECIPE", help="Shards (brace or glob pattern), a folder, parquet or arrow files; or a recipe."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of a recipe: overrides.")
+    ] = None,
     kind: Annotated[str, typer.Option(help="image, text or pair.")] = "pair",
-    type_: Annotated[str, typer.Option("--type", help="shards, folder or parquet; auto tells by the path.")] = "auto",
-    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column, as in a recipe.")] = "image",
+    type_: Annotated[
+        str, typer.Option("--type", help="shards, folder, parquet or arrow; auto tells by the path.")
+    ] = "auto",
+    image_column: Annotated[str, typer.Option(help="Of parquet and arrow: images' column, as in a recipe.")] = "image",
     text_column: Annotated[
-        str, typer.Option(help="Of parquet, tables and .json members: where captions are, as in a recipe.")
+        str, typer.Option(help="Of parquet, arrow, tables and .json members: where captions are, as in a recipe.")
     ] = "text",
+    images: Annotated[
+        Path | None, typer.Option(parser=path, help="Of parquet and arrow: folder of images named by their path.")
+    ] = None,
+    turns: Annotated[str, typer.Option(help="Of conversations: answer, the first one; or all.")] = "answer",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Of a recipe: samples looked at of each source; default: all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Validate anyone's data: counts, broken images, caption lengths, first errors with file and key.
 
     Accounts for every file and member: part of a sample, or ignored with a reason. Exits with 1 when a sample cannot be
     used, a key occurs twice or there is no sample; files that are ignored are no errors.
+
+    Of a recipe (a packaged one, a YAML file or a run's folder): source by source its share, how often it is repeated
+    over the run, texts that are cut, unknown tokens, samples that occur twice, what of the held-out samples is in
+    training, and a verdict. Its sources say what the other options say of a path. Exits with 1 when there are problems.
     """
     from vlmoe.data.check import check_data, print_check
 
+    if path in recipe_names() or path.endswith((".yaml", ".yml")) or (Path(home(path)) / "recipe.yaml").is_file():
+        from vlmoe.data.check_recipe import check_recipe, print_recipe_check
+
+        found = check_recipe(load_recipe(path, overrides), samples=samples, progress=not as_json)
+        _print_json(found) if as_json else print_recipe_check(found)
+        if found["problems"]:
+            raise typer.Exit(1)
+        return
+    if overrides:
+        raise UserError(f"{path}: is no recipe, and only a recipe takes overrides like {overrides[0]}")
     report = check_data(
-        home(path), kind=kind, type=type_, image_column=image_column, text_column=text_column, progress=not as_json
-    )
+        home(path), kind=kind, type=type_, image_column=image_column, text_column=text_column,
+        images=str(images or ""), turns=turns, progress=not as_json,
+    )  # fmt: skip
     if as_json:
         _print_json(report)
     else:
@@ -393,7 +502,7 @@ def data_show(
     """Save a contact sheet of samples as they enter the model: resized, masked, tokenized."""
     from vlmoe.data.show import show_data
 
-    show_data(load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples)
+    show_data(load_recipe(recipe, overrides), out, kind=kind, split=split, samples=samples, say=print)
     print(out)
 
 

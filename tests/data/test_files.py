@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlmoe.config import UserError
+from vlmoe.config import Recipe, RecipeError, UserError, from_mapping
 from vlmoe.data import parquet as parquet_module
 from vlmoe.data import shard_index as shards_module
-from vlmoe.data.files import FileOptions, split_rows
+from vlmoe.data.files import FileOptions, hash_entries, split_rows
 from vlmoe.data.sample import BadSample, Sample
-from vlmoe.data.sources import open_files
+from vlmoe.data.sources import build_sources, held_out_splits, open_files
 
 SIZE = 8
 
@@ -342,3 +342,47 @@ def test_few_samples_still_hold_one_out() -> None:
     assert split_rows(hashes, "val").tolist() == [1]
     assert split_rows(hashes, "train").tolist() == [0, 2]
     assert split_rows(hashes[:1], "train").tolist() == [0]
+
+
+def test_a_share_is_held_out_or_all_or_nothing() -> None:
+    hashes = hash_entries("a", 20_000)
+    assert split_rows(hashes, "val").tolist() == np.flatnonzero(hashes % 100 == 0).tolist()
+    smaller: set[int] = set()
+    for share in (0.001, 0.01, 0.055, 0.5):
+        val, train = (set(split_rows(hashes, split, share).tolist()) for split in ("val", "train"))
+        assert not val & train
+        assert len(val | train) == 20_000
+        assert abs(len(val) / 20_000 - share) < 0.01
+        assert smaller <= val
+        smaller = val
+    assert [len(split_rows(hashes, split, 1)) for split in ("train", "val", "all")] == [0, 20_000, 20_000]
+    assert [len(split_rows(hashes, split, 0)) for split in ("train", "val", "all")] == [20_000, 0, 20_000]
+
+
+def test_a_source_can_be_for_validation_alone(tmp_path: Path) -> None:
+    for name in ("train", "mine"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {i}" for i in range(300)))
+
+    def plan(*shares: float, names: tuple[str, str] = ("train", "mine")) -> Recipe:
+        sources = [
+            {"type": "folder", "kind": "text", "path": str(tmp_path / f"{name}.txt"), "held_out": share}
+            for name, share in zip(names, shares, strict=True)
+        ]
+        return from_mapping({"data": {"sources": sources, "batch": {"image": 0, "pair": 0, "text": 2}}})
+
+    recipe = plan(0, 1)
+    for split, name in (("train", "train"), ("val", "mine")):
+        ((source, _),) = build_sources(recipe.data, recipe.model, "text", split)
+        assert len(source) == 300
+        assert {(source[i].text or "").split()[0] for i in range(300)} == {name}
+    assert held_out_splits(recipe) == ["val"]
+    with pytest.raises(RecipeError, match="because all text sources are held out"):
+        plan(1, 1)
+    with pytest.raises(RecipeError, match="because no text source holds samples out"):
+        plan(0, 0)
+    with pytest.raises(RecipeError, match=r"data\.sources\[1\]\.held_out' got 1.*another source of the same files"):
+        plan(0, 1, names=("mine", "mine"))
+    with pytest.raises(RecipeError, match="from 0 to 1"):
+        plan(0, 2)
+    with pytest.raises(RecipeError, match="the world makes its held-out samples"):
+        from_mapping({"data": {"sources": [{"held_out": 0.5}], "batch": {"image": 0, "text": 0}}})

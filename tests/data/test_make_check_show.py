@@ -138,7 +138,7 @@ def test_check_tells_types_apart(tmp_path: Path, shards: Path) -> None:
     assert tell_type("x/*.parquet") == "parquet"
     assert tell_type(str(shards)) == "shards"
     assert tell_type(str(tmp_path)) == "folder"
-    with pytest.raises(UserError, match=r"neither .tar nor .parquet"):
+    with pytest.raises(UserError, match=r"neither .tar, .parquet nor .arrow"):
         tell_type(str(tmp_path / "none"))
     with pytest.raises(UserError, match="expected image, text or pair"):
         check_data(str(shards), kind="video")

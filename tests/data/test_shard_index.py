@@ -83,12 +83,13 @@ def test_only_shards_that_are_new_are_scanned(paths: list[str], monkeypatch: pyt
     assert seen == [Path(paths[4])]
 
 
+@pytest.mark.parametrize("share", [0.01, 0, 0.001, 0.3, 1])
 @pytest.mark.parametrize("counts", [[], [0], [1], [3, 0, 4], [250, 1, 0, 399, 70]])
-def test_rows_of_a_split_are_those_of_the_list(counts: list[int]) -> None:
+def test_rows_of_a_split_are_those_of_the_list(counts: list[int], share: float) -> None:
     names = [f"{i}.tar" for i in range(len(counts))]
     hashes = np.concatenate([np.zeros(0, np.uint64), *(hash_entries(n, c) for n, c in zip(names, counts, strict=True))])
     for split in ("train", "val", "all"):
-        rows, listed = SplitRows(names, counts, split), split_rows(hashes, split).tolist()
+        rows, listed = SplitRows(names, counts, split, share), split_rows(hashes, split, share).tolist()
         assert len(rows) == len(listed)
         assert [rows[i] for i in range(len(rows))] == list(rows) == listed
         with pytest.raises(IndexError):

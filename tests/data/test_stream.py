@@ -24,6 +24,7 @@ from vlmoe.data.mixture import Mixture
 from vlmoe.data.rows import rows_of_file
 from vlmoe.data.sample import BadSample, Sample
 from vlmoe.data.shard_index import ShardIndex, scan_shard
+from vlmoe.data.shards import ShardSource
 from vlmoe.data.stream import Dealer, StreamSource, held_out_of_stream, shard_weights
 from vlmoe.data.urls import FetchOptions
 
@@ -192,6 +193,19 @@ def test_what_is_held_out_is_not_in_the_stream(tmp_path: Path) -> None:
     assert not keys & set(by_epoch(open_stream(pattern), 1)[0])
     few = write({"0.tar": 150}, tmp_path / "few")
     assert len(held_out_of_stream(FileOptions("text", few, "val"))) == len(keys & {k for k in keys if k[0] == "0"})
+
+
+def test_the_share_held_out_is_the_sources_own(tmp_path: Path) -> None:
+    pattern = write({f"{i}.tar": 40 for i in range(4)}, tmp_path / "data")
+    stream, config = StreamConfig(readers=2, buffer=10), SourceConfig("shards", "text", pattern, read="stream")
+    for share in (0.0, 0.3):
+        options = FileOptions("text", pattern, held_out=share)
+        train = {s for e in by_epoch(StreamSource(options, config, stream, 5, 0), 1) for s in e}
+        held = ShardSource(FileOptions("text", pattern, "val", held_out=share))
+        assert not train & {held[i].key for i in range(len(held))}
+        assert len(train) + len(held) == 160
+        assert 0.5 * share * 160 <= len(held) <= 1.5 * share * 160
+    assert len(held_out_of_stream(FileOptions("text", pattern, "val", held_out=1.0))) == 160
 
 
 def test_captions_rotate_over_epochs(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ SMALL = {
 
 
 def small(**changes: object) -> ModelConfig:
+    """A dense model."""
     config = ModelConfig(**(SMALL | changes))  # type: ignore[arg-type]
+    config.vision.sparse = config.text.sparse = "none"
     return config
 
 

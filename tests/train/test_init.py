@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 import vlmoe
 from tests.golden.record import OVERRIDES
 from tests.test_cli import invoke
-from vlmoe.config import UserError
+from vlmoe.config import UserError, load_recipe
 from vlmoe.tasks.export import seal
+from vlmoe.train.pretrain import why_dense
 from vlmoe.train.runlog import read_lines
 
 SHORT = ["train.steps=2", "eval.samples=16", "eval.pictures=2"]
@@ -86,5 +87,21 @@ def test_another_shape_is_refused_before_anything_is_written(dense: Path, tmp_pa
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no config\.json"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
         invoke("pretrain", "demo", f"run.dir={tmp_path / 'x'}", "init=nowhere", *OVERRIDES, *SHORT)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.vision.sparse=none", "model.text.sparse=none"], "This model is dense: it has no sparse layer"),
+        (["model.depth=1"], "This model is dense"),
+        (["model.vl_ffn=4", "data.sources=[{kind: pair}]"], "No token of this run meets an expert"),
+        (["model.vision.sparse=none", "data.sources=[{kind: image}]"], "No token of this run meets an expert"),
+        (["model.vl_ffn=4"], ""),
+        (["model.vision.sparse=none"], ""),
+    ],
+)
+def test_a_run_without_experts_says_so(overrides: list[str], words: str) -> None:
+    found = why_dense(load_recipe("demo", overrides))
+    assert found.startswith(words) and bool(found) == bool(words)

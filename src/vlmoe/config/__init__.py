@@ -7,17 +7,17 @@ ours.
 
 from vlmoe.config.finetune import TASKS, CaptionConfig, FilesConfig, FinetuneRecipe, TaskDataConfig
 from vlmoe.config.json_reading import json_lines, parse_json, read_json
+from vlmoe.config.keys import known_keys
+from vlmoe.config.layers import recipe_names
 from vlmoe.config.parsing import home, read_yaml
 from vlmoe.config.reading import (
     flat,
     from_mapping,
     init_of,
-    known_keys,
     load_finetune,
     load_recipe,
     override,
     override_value,
-    recipe_names,
     to_mapping,
     to_yaml,
     with_later_keys,

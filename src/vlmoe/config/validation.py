@@ -37,6 +37,7 @@ def validate(recipe: Recipe | FinetuneRecipe, origin: str = "recipe") -> None:
         _data(recipe.data, recipe.model, need)
         for f in ("samples", "batch"):
             need(getattr(recipe.eval, f) > 1, f"eval.{f}", getattr(recipe.eval, f), "at least 2")
+        need(recipe.eval.every >= 0, "eval.every", recipe.eval.every, "a number of steps, or 0 for never")
 
 
 def _model(m: ModelConfig, need: Need) -> None:
@@ -101,12 +102,14 @@ def _model(m: ModelConfig, need: Need) -> None:
 def _data(d: DataConfig, m: ModelConfig, need: Need) -> None:
     for i, source in enumerate(d.sources):
         key = f"data.sources[{i}]"
-        types = {"world", "shards", "folder", "parquet"}
-        need(source.type in types, f"{key}.type", source.type, "world, shards, folder or parquet")
+        types = {"world", "shards", "folder", "parquet", "arrow"}
+        need(source.type in types, f"{key}.type", source.type, "world, shards, folder, parquet or arrow")
         need(source.kind in {"image", "text", "pair"}, f"{key}.kind", source.kind, "image, text or pair")
         need(source.type == "world" or bool(source.path), f"{key}.path", source.path, "the path of the data")
         need(source.weight > 0, f"{key}.weight", source.weight, "a positive number")
+        need(source.turns in {"answer", "all"}, f"{key}.turns", source.turns, "answer or all")
         _reading(source, key, need)
+    _held_out(d, need)
     for f in ("readers", "buffer", "attempts"):
         need(getattr(d.stream, f) > 0, f"data.stream.{f}", getattr(d.stream, f), "a positive number")
     need(d.stream.cache_gb >= 0, "data.stream.cache_gb", d.stream.cache_gb, "a number not below 0")
@@ -148,6 +151,26 @@ def _reading(source: SourceConfig, key: str, need: Need) -> None:
          f"none, because with `read: {source.read}` each shard comes as often as any other")  # fmt: skip
     need(all(0 <= weight < float("inf") for weight in weights.values()), f"{key}.shard_weights", weights,
          "numbers not below 0")  # fmt: skip
+
+
+def _held_out(d: DataConfig, need: Need) -> None:
+    """What each source holds out, and that each kind has something to train on and something to be scored on."""
+    shares: dict[tuple[str, str], float] = {}
+    for i, source in enumerate(d.sources):
+        key, share = f"data.sources[{i}].held_out", source.held_out
+        need(0 <= share <= 1, key, share, "a share from 0 to 1")
+        if source.type == "world":
+            need(share == 0.01, key, share, "nothing, because the world makes its held-out samples")
+        first = shares.setdefault((source.type, source.path), share)
+        need(share == first, key, share, f"{first}, as another source of the same files has")
+    for kind in ("image", "text", "pair"):
+        of_kind = [s.held_out if s.type != "world" else 0.01 for s in d.sources if s.kind == kind]
+        if of_kind and getattr(d.batch, kind):
+            need(min(of_kind) < 1, f"data.batch.{kind}", getattr(d.batch, kind),
+                 f"0, because all {kind} sources are held out (held_out: 1)")  # fmt: skip
+            need(max(of_kind) > 0, f"data.batch.{kind}", getattr(d.batch, kind),
+                 f"0, because no {kind} source holds samples out to score the run on: held_out above 0, or a source "
+                 "with held_out: 1")  # fmt: skip
 
 
 def _world(world: WorldConfig, m: ModelConfig, need: Need) -> None:

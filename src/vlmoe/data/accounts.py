@@ -99,5 +99,6 @@ def account_of_files(path: str, used: list[Path], suffix: str) -> Account:
     account = Account(len(walk.files) + walk.ignored.total, walk.ignored)
     for name in walk.files:
         if os.fspath(Path(path) / name) not in taken:
-            account.ignored_files.add(f"not named {suffix}", os.fsencode(name))
+            reason = "not one of the data set's files" if name.lower().endswith(suffix) else f"not named {suffix}"
+            account.ignored_files.add(reason, os.fsencode(name))
     return account

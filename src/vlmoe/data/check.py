@@ -15,12 +15,15 @@ from rich.text import Text
 
 from vlmoe.config import UserError
 from vlmoe.data.accounts import short
+from vlmoe.data.conversations import TURNS
 from vlmoe.data.files import FileOptions, FileSource
 from vlmoe.data.sample import KINDS, BadSample
 from vlmoe.data.sources import open_files
 from vlmoe.data.walk import walk_files
 
 FIRST_ERRORS = 20
+TYPES = ("shards", "folder", "parquet", "arrow")
+SUFFIXES = {"tar": "shards", "parquet": "parquet", "arrow": "arrow"}  # by what a path ends with, the first that occurs
 
 
 def check_data(
@@ -31,46 +34,56 @@ def check_data(
     max_pixels: int = 64_000_000,
     image_column: str = "image",
     text_column: str = "text",
+    images: str = "",
+    turns: str = "answer",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Read every sample once, as a run would.
 
-    path: shards (brace or glob pattern), a folder, or parquet. type: shards, folder or parquet; auto tells by the path.
+    path: shards (brace or glob pattern), a folder, parquet or arrow files. type: shards, folder, parquet or arrow; auto
+    tells by the path. image_column, text_column, images, turns: as in a recipe.
     Every image is decoded in full (`image_size` only bounds the work of resizing).
 
     Every file and every member is accounted for: each is part of a sample, good or skipped, or ignored with a reason.
 
-    Returns a report fit for JSON: `samples`, `good`, `errors` (how many), `reasons` (reason -> count),
-    `first_errors` ([{key, reason}], the first 20), `duplicate_keys` (how many keys occur again, counted as errors too),
-    `first_duplicates`, `characters` and `words` (quantiles of caption lengths), `same_captions` (share of captions that
-    occurred before), `files` (how many there are), `ignored_files` (how many of them are no part of a sample),
-    `ignored_files_reasons` (reason -> {count, example}), `members`, `ignored_members` and `ignored_members_reasons` (of
-    shards, likewise), `blank_lines` (of text files).
+    Returns a report fit for JSON: `samples`, `good`, `errors` (how many), `reasons` (reason -> count), `first_errors`
+    ([{key, reason}], the first 20), `duplicate_keys` (how many keys occur again, counted as errors too),
+    `first_duplicates`, `understood` (what is taken for image and text, in words), `taken` (part of an entry -> how many
+    samples are that part alone), `characters` and `words` (quantiles of caption lengths), `same_captions` (share of
+    captions that occurred before), `files` (how many there are), `ignored_files` (how many of them are no part of a
+    sample), `ignored_files_reasons` (reason -> {count, example}), `members`, `ignored_members` and
+    `ignored_members_reasons` (of shards, likewise), `blank_lines` (of text files).
 
     Raises UserError when the data cannot be opened at all.
     """
     if kind not in KINDS:
         raise UserError(f"kind '{kind}': expected image, text or pair")
     type = tell_type(path) if type == "auto" else type
-    if type not in {"shards", "folder", "parquet"}:
-        raise UserError(f"type '{type}': expected shards, folder or parquet")
-    options = FileOptions(kind, path, "all", image_size, max_pixels, image_column, text_column)
+    if type not in TYPES:
+        raise UserError(f"type '{type}': expected {', '.join(TYPES)}")
+    if turns not in TURNS:
+        raise UserError(f"turns '{turns}': expected {' or '.join(TURNS)}")
+    options = FileOptions(
+        kind, path, "all", image_size, max_pixels, image_column, text_column, images=images, turns=turns
+    )
     source = open_files(type, options)
     reasons: Counter[str] = Counter()
     first: list[dict[str, str]] = []
     characters: list[int] = []
     words: list[int] = []
     captions: set[int] = set()
+    taken: Counter[str] = Counter()
     same = 0
     rows = range(len(source))
     for index in track(rows, "Checking") if progress else rows:
         try:
             sample = source[index]
         except BadSample as error:
-            reasons[_class(error.reason)] += 1
+            reasons[reason_class(error.reason)] += 1
             if len(first) < FIRST_ERRORS:
                 first.append({"key": error.key, "reason": error.reason})
             continue
+        taken.update(sample.taken)
         if sample.text is not None:
             characters.append(len(sample.text))
             words.append(len(sample.text.split()))
@@ -86,6 +99,8 @@ def check_data(
         "path": short(os.fsencode(path)),
         "type": type,
         "kind": kind,
+        "understood": source.understood(),
+        "taken": dict(taken.most_common()),
         "files": account.files,
         "ignored_files": account.ignored_files.total,
         "ignored_files_reasons": account.ignored_files.as_dict(),
@@ -107,22 +122,20 @@ def check_data(
 
 
 def tell_type(path: str) -> str:
-    """shards, folder or parquet, by the path and what lies in it."""
+    """shards, folder, parquet or arrow, by the path and what lies in it."""
     if Path(path).is_dir():
         suffixes = {name.rpartition(".")[2].lower() for name in walk_files(path).files}
-        if "tar" in suffixes:
-            return "shards"
-        return "parquet" if "parquet" in suffixes else "folder"
-    if path.lower().endswith(".parquet"):
-        return "parquet"
+        return next((type for suffix, type in SUFFIXES.items() if suffix in suffixes), "folder")
+    if (found := SUFFIXES.get(path.rpartition(".")[2].lower())) is not None:
+        return found
     if ".tar" in Path(path).name.lower():
         return "shards"
     if Path(path).is_file() and Path(path).suffix.lower() == ".txt":
         return "folder"
-    raise UserError(f"{path}: no such folder, and neither .tar nor .parquet: say what it is with --type")
+    raise UserError(f"{path}: no such folder, and neither .tar, .parquet nor .arrow: say what it is with --type")
 
 
-def _class(reason: str) -> str:
+def reason_class(reason: str) -> str:
     """A reason without its particulars, for counting."""
     return reason.split(":")[0].split(" (")[0] if not reason[:1].isdigit() else "too many pixels"
 
@@ -161,6 +174,10 @@ def print_check(report: dict[str, Any], console: Console | None = None) -> None:
     for reason, count in report["reasons"].items():
         summary.add_row(Text(f"  {reason}"), f"{count:,}")
     console.print(summary)
+    for line in report["understood"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for part, count in report["taken"].items():
+        console.print(f"{count:,} samples are {part}", markup=False, highlight=False)
     if report["words"]:
         lengths = Table(title="Caption lengths", title_justify="left")
         for column in ("", *report["words"]):

@@ -14,12 +14,13 @@ import numpy as np
 
 from vlmoe.config import DataConfig, ModelConfig, SourceConfig, UserError, parse_json
 from vlmoe.data.accounts import Account
+from vlmoe.data.conversations import as_turns, read_conversation
 from vlmoe.data.counter import hash64
 from vlmoe.data.images import decode_image
 from vlmoe.data.sample import BadSample, Sample, Span
 from vlmoe.data.urls import FetchOptions
 
-HELD_OUT_ONE_IN = 100
+HELD_OUT = 0.01  # share of the samples, where a recipe says nothing else
 MAX_TEXT_BYTES = 1 << 16  # of one caption or line; what lies beyond is not read: no model here sees that far
 
 
@@ -28,7 +29,8 @@ class FileOptions:
     """How files are read.
 
     patches: how many stored codes an image must have, 0 to ignore them. factors: read the truth that `make_shards`
-    wrote beside the samples. fetch: how files are brought that a URL names.
+    wrote beside the samples. turns, images, held_out: as in `SourceConfig`. fetch: how files are brought that a URL
+    names.
     """
 
     kind: str
@@ -40,6 +42,9 @@ class FileOptions:
     text_column: str = "text"
     patches: int = 0
     factors: bool = False
+    turns: str = "answer"
+    images: str = ""
+    held_out: float = HELD_OUT
     fetch: FetchOptions = field(default_factory=FetchOptions)
 
     @classmethod
@@ -48,6 +53,7 @@ class FileOptions:
         return cls(
             source.kind, source.path, split, model.image_size, data.max_pixels, source.image_column,
             source.text_column, (model.image_size // model.patch) ** 2 if stored else 0, factors,
+            source.turns, source.images, source.held_out,
             FetchOptions(data.stream.cache, round(data.stream.cache_gb * 1e9), data.stream.attempts),
         )  # fmt: skip
 
@@ -76,6 +82,11 @@ class FileSource(ABC):
     def account(self) -> Account:
         """What there is, and what of it is no part of a sample."""
 
+    def understood(self) -> list[str]:
+        """For people: what of the files is taken for image, text and codes, a sentence each, where that had to be found
+        out."""
+        return []
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -91,17 +102,19 @@ class FileSource(ABC):
     def text(self, index: int) -> str:
         """The text alone, as in epoch 0, without reading the image."""
         row = int(self.rows[index])
-        return choose_caption(self.read(row, image=False).captions, self.key(row), index)
+        return choose_caption(self.read(row, image=False).captions, self.key(row), index, self.options.turns)[0]
 
 
 @dataclass
 class Parts:
-    """image: encoded bytes. captions: one text or several. codes, truth: as stored, unchecked."""
+    """image: encoded bytes. captions: one text, several, or a conversation. codes, truth: as stored, unchecked. taken:
+    as of `Sample`."""
 
     image: bytes | None = None
     captions: Any = None
     codes: Any = None
     truth: dict[str, Any] | None = None
+    taken: tuple[str, ...] = ()
 
 
 def make_sample(parts: Parts, key: str, options: FileOptions, number: int) -> Sample:
@@ -109,7 +122,10 @@ def make_sample(parts: Parts, key: str, options: FileOptions, number: int) -> Sa
 
     Raises BadSample.
     """
-    text = None if options.kind == "image" else choose_caption(parts.captions, key, number)
+    text, taken = None, parts.taken
+    if options.kind != "image":
+        text, part = choose_caption(parts.captions, key, number, options.turns)
+        taken = (*taken, part) if part else taken
     image = codes = None
     if options.kind != "text":
         if parts.image is None:
@@ -118,14 +134,18 @@ def make_sample(parts: Parts, key: str, options: FileOptions, number: int) -> Sa
         if options.patches:
             codes = check_codes(parts.codes, key, options.patches)
     patch_factors, spans = read_truth(parts.truth, key) if parts.truth else ({}, ())
-    return Sample(key, image, text, codes, patch_factors, spans)
+    return Sample(key, image, text, codes, patch_factors, spans, taken)
 
 
-def choose_caption(captions: Any, key: str, number: int) -> str:
-    """One of an entry's captions: number modulo their count. Raises BadSample when there is none or it is no text."""
+def choose_caption(captions: Any, key: str, number: int, turns: str = "answer") -> tuple[str, str]:
+    """One of an entry's captions: number modulo their count. Of a conversation what `turns` says, and that in words.
+
+    Raises BadSample when there is none or it is no text.
+    """
+    part = ""
+    if (conversation := as_turns(captions)) is not None:
+        captions, part = read_conversation(conversation, key, turns)
     if isinstance(captions, (list, tuple, np.ndarray)):
-        if any(isinstance(c, dict) for c in captions):
-            raise BadSample(key, "caption is a conversation (a list of objects): expected a text or a list of texts")
         usable = [c for c in captions if not isinstance(c, str) or c.strip()]
         captions = usable[number % len(usable)] if usable else ""
     if captions is None:
@@ -137,7 +157,7 @@ def choose_caption(captions: Any, key: str, number: int) -> str:
         raise BadSample(key, "empty caption")
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise BadSample(key, "half of a surrogate pair in the caption")
-    return text
+    return text, part
 
 
 def decode_text(raw: bytes, key: str) -> str:
@@ -201,16 +221,26 @@ def read_truth(truth: dict[str, Any], key: str) -> tuple[dict[str, list[str]], t
     return patch_factors, spans
 
 
-def split_rows(hashes: np.ndarray, split: str) -> np.ndarray:
+def split_rows(hashes: np.ndarray, split: str, share: float = HELD_OUT) -> np.ndarray:
     """Entry numbers of a split, from one uint64 hash for each entry.
 
-    One entry in a hundred is held out ("val"), at least one; which ones depends on their file and place alone, so the
-    choice does not change when files are added, and an image is held out from image and pair sources alike.
+    A share of the entries is held out ("val"), at least one unless it is 0; which ones depends on their file and place
+    alone, so the choice does not change when files are added, and an image is held out from image and pair sources
+    alike.
     """
-    held_out = hashes % HELD_OUT_ONE_IN == 0
-    if len(hashes) > 1 and not held_out.any():
+    held_out = is_held_out(hashes, share)
+    if share > 0 and len(hashes) > 1 and not held_out.any():
         held_out[np.argmin(hashes)] = True
     return chosen_rows(held_out, split)
+
+
+def is_held_out(hashes: np.ndarray, share: float) -> np.ndarray:
+    """bool (n,): whether each entry of these uint64 hashes belongs to the share held out. Of a larger share they are
+    the same ones, and others."""
+    if share in (0, 1):
+        return np.full(len(hashes), share == 1)
+    within = np.minimum((hashes // 100) / (2.0**64 / 100), 1 - 1e-9)
+    return hashes % 100 + within < 100 * share  # of 0.01 those whose hash ends in 00
 
 
 def chosen_rows(held_out: np.ndarray, split: str) -> np.ndarray:

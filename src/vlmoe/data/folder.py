@@ -66,7 +66,8 @@ class ImageFolder(FileSource):
         if not len(self.names):
             raise UserError(f"folder {options.path}: no images ({', '.join(SUFFIXES)}) below it")
         hashes = (hash64("entry", name) for name in map(os.fsdecode, self.names))
-        self.rows = split_rows(np.fromiter(hashes, dtype=np.uint64, count=len(self.names)), options.split)
+        entries = np.fromiter(hashes, dtype=np.uint64, count=len(self.names))
+        self.rows = split_rows(entries, options.split, options.held_out)
 
     def account(self) -> Account:
         return self._account
@@ -154,7 +155,7 @@ class TextLines(FileSource):
         names = [path.relative_to(self.base).as_posix() for path in self.paths]
         self.blank = sum(blank for _, _, blank in lines)
         hashes = [hash_entries(name, len(starts)) for name, (starts, _, _) in zip(names, lines, strict=True)]
-        self.rows = split_rows(np.concatenate(hashes), options.split)
+        self.rows = split_rows(np.concatenate(hashes), options.split, options.held_out)
 
     def _path(self, row: int) -> Path:
         return self.paths[int(np.searchsorted(self.starts, row, side="right")) - 1]

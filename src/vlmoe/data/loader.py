@@ -24,7 +24,7 @@ from vlmoe.data.downstream.example import Example
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import KINDS
 from vlmoe.data.skipped import BadBudget
-from vlmoe.data.sources import build_sources
+from vlmoe.data.sources import build_sources, understood_of
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.data.workers import WorkerLostError, items_of, ready_worker
 
@@ -74,6 +74,10 @@ class StepData(Dataset[Step]):
                 sources = build_sources(recipe.data, recipe.model, kind, "train", recipe.seed, factors, record)
                 collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind, factors)
                 self.parts[kind] = size, Mixture(sources, recipe.seed, batch=size), collator
+
+    def understood(self) -> list[str]:
+        """What the sources take for image, text and codes, in lines for people."""
+        return [line for _, mixture, _ in self.parts.values() for line in understood_of(mixture.sources)]
 
     def __getitem__(self, micro_step: int) -> Step:
         step = Step({})

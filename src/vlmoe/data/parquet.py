@@ -1,4 +1,4 @@
-"""Samples in parquet files, as written by Hugging Face datasets or anything else.
+"""Samples in parquet files: those of Hugging Face's hub, or anybody's.
 
 Parquet is read a row group at a time, so one sample costs its whole group. Two things keep that bearable: the groups
 used last are kept in memory up to a limit, and an epoch's order (`order`) shuffles the groups, then the samples within
@@ -7,8 +7,6 @@ a window of groups that fits that memory. Every sample still comes exactly once.
 
 from __future__ import annotations
 
-import glob
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -19,49 +17,32 @@ import pyarrow.parquet as pq
 
 from vlmoe.config import UserError
 from vlmoe.data.accounts import Account, account_of_files, shown_below
+from vlmoe.data.columns import Columns
 from vlmoe.data.counter import hash64, shuffled
 from vlmoe.data.files import FileOptions, FileSource, Parts, hash_entries, split_rows
 from vlmoe.data.sample import BadSample
-from vlmoe.data.walk import walk_files
+from vlmoe.data.table_files import expand_tables, roots_of
 
 WINDOW_BYTES = 1 << 28  # of decoded row groups kept in memory, in each worker; one group is kept whatever its size
 
 
-def expand_parquet(pattern: str) -> list[Path]:
-    """Files of a path, glob pattern or folder. Raises UserError when there are none."""
-    if os.path.isdir(pattern):
-        found = sorted(Path(pattern) / f for f in walk_files(pattern).files if f.lower().endswith(".parquet"))
-    elif glob.has_magic(pattern) and not os.path.exists(pattern):
-        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
-    else:
-        found = [Path(pattern)] if os.path.isfile(pattern) else []
-    if not found:
-        raise UserError(f"parquet {pattern}: no such file, and nothing matches")
-    return found
-
-
 class ParquetSource(FileSource):
-    """Rows of parquet files.
+    """Rows of parquet files; `columns` says in which forms they hold image, text and codes.
 
-    Image column: encoded bytes, or a struct {bytes, path} as Hugging Face datasets writes it. Text column: a text or a
-    list of texts. Codes: an integer list in the column "codes".
-
-    Raises UserError when a file is no parquet file, lacks a column, or all of them are empty.
+    Raises UserError when a file is no parquet file, lacks a column, has it in a form that is not read, or all of them
+    are empty.
     """
 
     def __init__(self, options: FileOptions) -> None:
         super().__init__(options)
-        self.paths = expand_parquet(options.path)
-        self.columns = {"text": options.text_column} if self.kind != "image" else {}
-        if self.kind != "text":
-            self.columns["image"] = options.image_column
-            if options.patches:
-                self.columns["codes"] = "codes"
+        self.paths = expand_tables(options.path, ".parquet")
+        self.columns = Columns(self._about(self.paths[0]).schema.to_arrow_schema(), options, f"parquet {self.paths[0]}")
         self.shown = shown_below(self.paths)
         groups: list[tuple[int, int, int, int]] = []  # file, group in it, rows, bytes
         hashes = [np.zeros(0, dtype=np.uint64)]
         for number, path in enumerate(self.paths):
-            about = self._check(path)
+            about = self._about(path)
+            self.columns.check_same(about.schema.to_arrow_schema(), f"parquet {path}")
             for g in range(about.num_row_groups):
                 group = about.row_group(g)
                 groups.append((number, g, group.num_rows, group.total_byte_size))
@@ -70,7 +51,7 @@ class ParquetSource(FileSource):
         self.starts = np.concatenate([[0], np.cumsum(self.groups[:, 2])])
         if not self.starts[-1]:
             raise UserError(f"parquet {options.path}: no rows")
-        self.rows = split_rows(np.concatenate(hashes), options.split)
+        self.rows = split_rows(np.concatenate(hashes), options.split, options.held_out)
         self.firsts = np.searchsorted(self.rows, self.starts)  # of each group, counted in rows of the split
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._order: tuple[int, Any] = (-1, None)  # of the epoch asked for last
@@ -78,16 +59,14 @@ class ParquetSource(FileSource):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict()}
 
-    def _check(self, path: Path) -> pq.FileMetaData:
+    def _about(self, path: Path) -> pq.FileMetaData:
         try:
-            about = pq.read_metadata(path)
+            return pq.read_metadata(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"parquet {path}: cannot be read: {error}") from None
-        present = about.schema.to_arrow_schema().names
-        for column in self.columns.values():
-            if column not in present:
-                raise UserError(f"parquet {path}: no column '{column}'; there are {', '.join(present)}")
-        return about
+
+    def understood(self) -> list[str]:
+        return self.columns.understood()
 
     def _locate(self, row: int) -> tuple[int, int]:
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -107,17 +86,10 @@ class ParquetSource(FileSource):
         key = self.key(row)
         try:
             table = self._table(group, image)
-            present = {part: name for part, name in self.columns.items() if name in table.column_names}
-            values = {part: table.column(name)[place].as_py() for part, name in present.items()}
+            values = {name: table.column(name)[place] for name in table.column_names}
+            return self.columns.parts(values, key, roots_of(self.options, self.paths[self.groups[group, 0]]), image)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise BadSample(key, f"cannot be read: {error}") from None
-        raw = values.get("image")
-        if isinstance(raw, dict):
-            raw = raw.get("bytes")
-        if raw is not None and not isinstance(raw, bytes):
-            many = "; of several images make a row for each" if isinstance(raw, list) else ""
-            raise BadSample(key, f"image is {type(raw).__name__}, expected bytes or a struct with bytes{many}")
-        return Parts(raw, values.get("text"), values.get("codes"))
 
     def _table(self, group: int, image: bool) -> pa.Table:
         """A row group from memory or disk. Reading texts alone (to train a tokenizer) is not cached."""
@@ -125,7 +97,7 @@ class ParquetSource(FileSource):
             self._cache.move_to_end(group)
             return self._cache[group]
         file, number = self.groups[group, :2].tolist()
-        columns = [c for part, c in self.columns.items() if image or part == "text" or self.kind == "text"]
+        columns = [c.name for part, c in self.columns.found.items() if image or part == "text"]
         with pq.ParquetFile(self.paths[file]) as parquet:
             table = parquet.read_row_group(number, columns=columns, use_threads=False)
         if image or self.kind == "text":

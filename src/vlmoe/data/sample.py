@@ -28,6 +28,7 @@ class Sample:
     patch_factors: factor name -> one value in words for each patch, row by row; filled only by sources that know the
     truth. spans: what is known of ranges of the text; likewise.
     codes: (P,) visual codes stored beside the image, for `visual_tokenizer.type: codes`.
+    taken: in words, what of the entry this is where it holds more: "the first of several images".
     """
 
     key: str
@@ -36,6 +37,7 @@ class Sample:
     codes: np.ndarray | None = None
     patch_factors: dict[str, list[str]] = field(default_factory=dict)
     spans: tuple[Span, ...] = ()
+    taken: tuple[str, ...] = ()
 
 
 class BadSample(Exception):  # noqa: N818 - it is data about a sample, reported and counted, not only an error

@@ -147,7 +147,7 @@ class ShardSource(FileSource):
         self.starts = np.cumsum([0, *counts])
         self.shown = shown_shards(self.shards)
         names = [file_name(name) for name in self.shards]
-        self.rows = SplitRows(names, counts, options.split, at_least_one=shards is None)
+        self.rows = SplitRows(names, counts, options.split, options.held_out, at_least_one=shards is None)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import textwrap
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from vlmoe.config import Recipe, UserError
 from vlmoe.data.batch import IGNORE, Batch
-from vlmoe.data.collate import Collator
+from vlmoe.data.collate import Collator, Ready
 from vlmoe.data.counter import hash64
 from vlmoe.data.loader import HELD_OUT_SEED
 from vlmoe.data.mixture import Mixture
-from vlmoe.data.sample import KINDS
-from vlmoe.data.sources import build_sources
+from vlmoe.data.sample import KINDS, Sample
+from vlmoe.data.sources import build_sources, understood_of
 from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
 
 GREY = 128
@@ -30,11 +32,13 @@ def show_data(
     split: str = "train",
     samples: int = 16,
     tokenizer: TextTokenizer | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Batch:
     """Draw the first samples of a split, masked as in training, into a PNG.
 
     Beside each image stands the image with its hidden patches greyed; below, the text as tokens, hidden ones in
-    brackets. tokenizer: the run's; without one the recipe's is read or trained.
+    brackets. tokenizer: the run's; without one the recipe's is read or trained. say: gets lines for people, what the
+    sources take for image and text.
 
     Returns the batch shown. Raises UserError for an unknown kind or split.
     """
@@ -50,7 +54,17 @@ def show_data(
     mixture = Mixture(sources, seed, training, max(1, getattr(recipe.data.batch, kind)))
     collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind)
     positions = list(range(min(samples, len(mixture))))
-    items = [mixture.draw(p, collator.ready, []) for p in positions]
+    taken: Counter[str] = Counter()
+
+    def ready(sample: Sample) -> Ready:
+        taken.update(sample.taken)
+        return collator.ready(sample)
+
+    items = [mixture.draw(p, ready, []) for p in positions]
+    for line in understood_of(mixture.sources):
+        say(line)
+    for part, count in taken.items():
+        say(f"{count} of {len(items)} shown are {part}")
     mask_key = hash64("mask", seed, kind) if training else hash64("held out mask", seed, kind, split)
     batch = collator.batch(items, positions, mask_key)
     draw_batch(batch, tokenizer, Path(out), f"{recipe.name or 'recipe'}: {kind}, {split}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlmoe.config import DataConfig, ModelConfig, Recipe, SourceConfig, UserError
+from vlmoe.data.arrow import ArrowSource
 from vlmoe.data.files import FileOptions, FileSource
 from vlmoe.data.folder import ImageFolder, TextLines
 from vlmoe.data.parquet import ParquetSource
@@ -13,12 +15,12 @@ from vlmoe.data.shards import ShardSource
 from vlmoe.data.stream import StreamSource, held_out_of_stream
 from vlmoe.data.world import SPLITS, World, available_splits
 
-FILE_SPLITS = ("train", "val")  # val: one sample in a hundred, never trained on; see `files.split_rows`
-
 
 def splits_of(source: SourceConfig, data: DataConfig) -> tuple[str, ...]:
     """The splits that a source offers, "train" first."""
-    return available_splits(data.world) if source.type == "world" else FILE_SPLITS
+    if source.type == "world":
+        return available_splits(data.world)
+    return (*(["train"] if source.held_out < 1 else []), *(["val"] if source.held_out > 0 else []))
 
 
 def held_out_splits(recipe: Recipe, kind: str | None = None) -> list[str]:
@@ -68,12 +70,24 @@ def build_sources(
 
 
 def open_files(type: str, options: FileOptions) -> FileSource:
-    """A file source by its type: shards, folder or parquet."""
+    """A file source by its type: shards, folder, parquet or arrow."""
     if type == "shards":
         return ShardSource(options)
     if type == "parquet":
         return ParquetSource(options)
+    if type == "arrow":
+        return ArrowSource(options)
     return TextLines(options) if options.kind == "text" else ImageFolder(options)
+
+
+def understood_of(sources: Iterable[Source]) -> list[str]:
+    """What sources take for image, text and codes where that had to be found out, in lines for people."""
+    return [
+        f"{source.kind} of {source.name}: {line}"
+        for source in sources
+        if isinstance(source, FileSource)
+        for line in source.understood()
+    ]
 
 
 def read_text(source: Source, index: int) -> str | None:

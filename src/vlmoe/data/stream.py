@@ -239,7 +239,8 @@ class Reader:
         index = persist(lambda: self._scan(file), self.source.options.fetch.attempts)
         if index is None:
             raise FetchError("compressed; a plain .tar file is needed")
-        return OpenShard(file, index, rows_of_file(file_name(name), len(index), self.source.options.split))
+        options = self.source.options
+        return OpenShard(file, index, rows_of_file(file_name(name), len(index), options.split, options.held_out))
 
     def _scan(self, file: OpenFile) -> ShardIndex | None:
         return None if compressed(os.pread(file.descriptor, 4, 0)) else scan_shard(file.descriptor)
@@ -274,7 +275,7 @@ class StreamSource:
         digest = hashlib.blake2b("\n".join(map(without_query, self.shards)).encode(errors="surrogateescape"))
         self.about = {"path": without_query(options.path), "shards": len(self.shards), "names": digest.hexdigest()[:32],
                       "read": config.read, "shard_weights": dict(config.shard_weights), "readers": self.readers,
-                      "seed": seed, "split": options.split}  # fmt: skip
+                      "seed": seed, "split": options.split, "held_out": options.held_out}  # fmt: skip
         self._readers: dict[int, Reader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -290,7 +291,7 @@ class StreamSource:
     def text(self, index: int) -> str:
         """The text alone, without reading the image."""
         parts, key, number = self._read(index, image=False)
-        return choose_caption(parts.captions, key, number)
+        return choose_caption(parts.captions, key, number, self.options.turns)[0]
 
     def instead(self, index: int, pick: int) -> int:
         """Another index of the same block, or of the next ones where it is short. pick: any number, to choose by."""

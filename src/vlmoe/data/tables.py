@@ -35,7 +35,7 @@ class Tables:
         self.captions: dict[str, Any] = {}
         for folder, file in self.folders.items():
             path = root / folder / file
-            for where, entry in _csv_lines(path) if file.endswith(".csv") else json_lines(path):
+            for where, entry in csv_lines(path, "file_name") if file.endswith(".csv") else json_lines(path):
                 name = _name(entry, folder, where)
                 old, new = self.captions.get(name), entry.get(text_column)
                 self.captions[name] = new if old is None else [*_listed(old), *_listed(new)]
@@ -64,15 +64,20 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def csv_lines(path: Path, needed: str = "", delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file, line n", columns) for each line of a table with a header; a quoted field may span lines.
+
+    needed: a column that must be there. Raises UserError naming file and line.
+    """
     csv.field_size_limit(min(sys.maxsize, 1 << 26))
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if "file_name" not in (reader.fieldnames or ()):
-                raise UserError(
-                    f"{path}, line 1: no column 'file_name'; there are {', '.join(reader.fieldnames or ())}"
-                )
+            reader = csv.DictReader(file, delimiter=delimiter)
+            names = list(reader.fieldnames or ())
+            if needed and needed not in names:
+                raise UserError(f"{path}, line 1: no column '{needed}'; there are {', '.join(names)}")
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}, line 1: a column is there twice: {', '.join(names)}")
             for entry in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vlmoe.config import UserError
+from vlmoe.data.downstream.files import OWN
 from vlmoe.data.downstream.loader import EvalData, count_of, open_split, splits_of
 from vlmoe.evaluate.report import SCORES, tagged
 from vlmoe.metrics import Score
@@ -22,6 +24,7 @@ from vlmoe.tasks.export import Finetuned, load_finetuned
 from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.registry import collate_of
 
+MOST_SHOWN = 40  # values of a factor; more are in eval.json alone
 UNITS = {"CIDEr": 1.0, "BLEU-4": 1.0}  # already as papers quote them; everything else is a share, shown in percent
 
 
@@ -55,7 +58,9 @@ def evaluate_task(
     for split in splits or ():
         if split not in known:
             raise UserError(f"no split '{split}' for {recipe.task}: there are {', '.join(known)}")
-    report: dict[str, Any] = {"task": recipe.task, "main": type(trained.model).main, "splits": {}}
+    report: dict[str, Any] = {
+        "task": recipe.task, "main": type(trained.model).main, "data": recipe.data.type, "splits": {},
+    }  # fmt: skip
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress, transient=True) as bar:
         for split in splits or known:
@@ -65,6 +70,7 @@ def evaluate_task(
                 recipe.data.workers if workers is None else workers,
                 lambda done, total, row=row: bar.update(row, completed=done, total=total),
             )  # fmt: skip
+    _count_in_training(report["splits"], trained)
     scores = tagged(run / SCORES, tag)
     temporary = scores.with_name(scores.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1))
@@ -99,6 +105,25 @@ def _evaluate_split(
     factors = sorted({name for e in seen.examples for name in e.factors})
     report["by"] = {name: _by(seen, trained, name) for name in factors}
     return report
+
+
+def _count_in_training(splits: dict[str, Any], trained: Finetuned) -> None:
+    """Add to each group of one's own files how many training examples are of it: 0 tells one that was held out. Left
+    out where the training file is not there any more, or knows no groups."""
+    recipe = trained.recipe
+    own = recipe.data.type == "files" and recipe.data.train.file.lower().endswith(OWN)
+    if not own or not any(split["by"] for split in splits.values()):
+        return
+    try:
+        examples = open_split(recipe, "train", trained.labels or None)
+    except UserError:
+        return
+    known = [examples.truth(i).factors for i in range(len(examples))]
+    for split in splits.values():
+        for name, values in split["by"].items():
+            counts = Counter(factors[name] for factors in known if name in factors)
+            for value, found in values.items() if counts else ():
+                found["training_examples"] = counts[value]
 
 
 def _by(seen: Answered, trained: Finetuned, factor: str) -> dict[str, Any]:
@@ -138,18 +163,10 @@ def print_task_report(report: dict[str, Any], run: Path, console: Console | None
         table.add_row(f"another's {swapped}", *(shown(main, score, interval=False) for score in others))
     table.caption = f"best guess and another's: {main}" if len(names) > 1 else None
     console.print(table)
-    first, row = next(iter(report["splits"].items()))
-    for factor, values in row["by"].items():
-        if not 1 < len(values) <= 40:
-            continue
-        part = Table(title=f"{first}, by {factor}", title_justify="left")
-        for column in (factor, "examples", main, "best guess"):
-            part.add_column(column, justify="left" if column == factor else "right")
-        for value, found in values.items():
-            score = found["scores"].get(main)
-            guess = shown(main, found["guess"].get(main), interval=False)
-            part.add_row(value, str(score["n"]) if score else "-", shown(main, score), guess)
-        console.print(part)
+    for number, (split, row) in enumerate(splits.items()):
+        for factor, values in row["by"].items():
+            if 1 < len(values) <= MOST_SHOWN and (number == 0 or report.get("data") == "files"):
+                console.print(_table_by(f"{split}, by {factor}", factor, values, main))
     for split, found in report["splits"].items():
         if found.get("counts"):
             said = ", ".join(f"{n:,} {what}" for what, n in found["counts"].items())
@@ -161,6 +178,20 @@ def print_task_report(report: dict[str, Any], run: Path, console: Console | None
                 f"{bad['key']}: {bad['reason']}", highlight=False, markup=False,
             )  # fmt: skip
     console.print(f"all scores: {tagged(run / SCORES, tag)}", highlight=False, markup=False)
+
+
+def _table_by(title: str, factor: str, values: dict[str, Any], main: str) -> Table:
+    """Scores of the examples of each value of a factor."""
+    table = Table(title=title, title_justify="left")
+    in_training = any("training_examples" in found for found in values.values())
+    for column in (factor, "examples", main, "best guess", *(["in training"] if in_training else [])):
+        table.add_column(column, justify="left" if column == factor else "right")
+    for value, found in values.items():
+        score = found["scores"].get(main)
+        guess = shown(main, found["guess"].get(main), interval=False)
+        trained = [f"{found['training_examples']:,}" if found["training_examples"] else "none"] if in_training else []
+        table.add_row(value, str(score["n"]) if score else "-", shown(main, score), guess, *trained)
+    return table
 
 
 def shown(name: str, score: dict[str, Any] | None, interval: bool = True, digits: int = 1) -> str:

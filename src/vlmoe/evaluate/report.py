@@ -20,6 +20,7 @@ from vlmoe.evaluate.pretrained import evaluate_masked
 from vlmoe.model.device import pick_device
 from vlmoe.tasks.export import Pretrained, load_pretrained
 
+WIDE = 15  # points between the ends of an accuracy's interval above which it tells little
 SCORES, PICTURE = "eval.json", "completions.png"
 
 
@@ -53,11 +54,31 @@ def evaluate_run(
         report["completions"] = [
             {"key": c.key} | {view: c.line(view) for view in ("shown", "truth", "seen", "blind")} for c in shown
         ]
+    report["warnings"] = wide_intervals(report)
     scores = tagged(run / SCORES, tag)
     temporary = scores.with_name(scores.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1))
     temporary.replace(scores)
     return report
+
+
+def wide_intervals(report: dict[str, Any]) -> list[str]:
+    """Which splits have an accuracy whose interval is wider than `WIDE` points, in words."""
+    found = []
+    for split, scores in report["splits"].items():
+        looked = {"text of pairs": scores.get("text", {}).get("seen"), "names": scores.get("names", {}).get("seen")}
+        looked |= {"text alone": scores.get("text_alone"), "patches": scores.get("image") or scores.get("image_alone")}
+        wide = [
+            f"{name} {_share(score)}"
+            for name, score in looked.items()
+            if score and not 100 * (score["interval"][1] - score["interval"][0]) <= WIDE
+        ]
+        if wide:
+            found.append(
+                f"{split}: too few held-out samples to tell much by, the interval is wider than {WIDE} points: "
+                f"{', '.join(wide)}; score more (eval.samples) or hold out more (held_out of data.sources)"
+            )
+    return found
 
 
 def tagged(path: Path, tag: str) -> Path:
@@ -87,6 +108,8 @@ def print_report(report: dict[str, Any], run: Path, console: Console | None = No
             console.print(_class_table(first["by_word_class"]))
     if report["experts"]:
         console.print(_expert_table(report["experts"]))
+    for warning in report.get("warnings", []):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     for item in report.get("completions", []):
         console.print(f"\n[bold]{item['key']}[/bold]", highlight=False)
         for label, view in (("shown", "shown"), ("with the image", "seen"), ("without", "blind"), ("truth", "truth")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vlmoe.config import ModalityConfig, ModelConfig, sparse_blocks
@@ -48,6 +49,17 @@ def expert_hidden(config: ModelConfig, side: ModalityConfig) -> int:
 
 def is_sparse(config: ModelConfig, side: ModalityConfig, index: int) -> bool:
     return index in sparse_blocks(side.sparse, config.depth)
+
+
+def sparse_layers(config: ModelConfig, kinds: Iterable[str]) -> int:
+    """How many sparse layers the tokens of these kinds of samples (image, text, pair) pass. A pair's pass none in the
+    top `vl_ffn` blocks."""
+    found = set()
+    for kind in kinds:
+        sides = {"image": ("vision",), "text": ("text",), "pair": ("vision", "text")}[kind]
+        blocks = config.depth - (config.vl_ffn if kind == "pair" else 0)
+        found |= {(s, i) for s in sides for i in range(blocks) if is_sparse(config, getattr(config, s), i)}
+    return len(found)
 
 
 def has_common(config: ModelConfig, index: int) -> bool:

@@ -118,6 +118,8 @@ def seal(path: str | Path) -> list[Path]:
     """Take the model and the tokenizers in a folder (a run's, a model's, or one of tokenizers) as they are: write their
     digests anew. Returns the files written. Raises ModelFileError: there are none, or one is no JSON object."""
     top, done = Path(home(str(path))), []
+    if not top.exists():
+        raise ModelFileError(f"{top}: no such folder")
     for folder in (top, top / "tokenizers", top / "model"):
         for name in (DESCRIPTION, "visual.json", CONFIG):  # the last one lists the others
             file = folder / name
@@ -153,6 +155,8 @@ def _model_folder(path: Path) -> Path:
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file():
             return folder
+    if not path.exists():
+        raise ModelFileError(f"{path}: no such folder")
     raise ModelFileError(f"{path}: no {CONFIG} here nor in {path / 'model'}: is the run finished?")
 
 

@@ -100,6 +100,19 @@ class MaskedDataModelling(Task):
         """ "mlm", "mim" -> loss of one batch, where it has predictions of that sort."""
         return {name: _cross_entropy(*found) for name, found in self._heads(batch, self.run(batch)).items()}
 
+    def losses_by_sample(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """ "mlm", "mim" -> of each sample (B,) the summed loss and the number of its predictions."""
+        found = {}
+        for name, (logits_MV, target_M) in self._heads(batch, self.run(batch)).items():
+            hidden_M = batch.hidden_tokens() if name == "mlm" else batch.hidden_patches()
+            places = batch.target_BT if name == "mlm" else batch.patch_mask_BP
+            assert places is not None
+            sample_M = hidden_M // places.shape[1]
+            loss_M = F.cross_entropy(logits_MV.float(), target_M, reduction="none")
+            total_B = loss_M.new_zeros(len(batch)).index_add(0, sample_M, loss_M)
+            found[name] = total_B, torch.bincount(sample_M, minlength=len(batch))
+        return found
+
     def tokens(self, batches: dict[str, Batch]) -> int:
         total = 0
         for batch in batches.values():

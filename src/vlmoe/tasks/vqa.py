@@ -39,18 +39,13 @@ class VQA(Classifier):
         examples: list[Example], rngs: list[np.random.Generator], training: bool,
     ) -> dict[str, Batch]:  # fmt: skip
         batch = prepare.pairs(_images(examples), [e.text or "" for e in examples], [e.key for e in examples])
-        number, exact = {answer: i for i, answer in enumerate(labels)}, recipe.data.type == "world"
+        number = {answer: i for i, answer in enumerate(labels)}
         batch.label_B = torch.zeros(len(examples), len(labels))
         for b, example in enumerate(examples):
-            for answer, score in soft_scores(example.references, exact).items():
+            for answer, score in soft_scores(example.references, example.exact).items():
                 if answer in number:
                     batch.label_B[b, number[answer]] = score
         return {"pair": batch}
-
-    @property
-    def _exact(self) -> bool:
-        """The world's answers are compared as they are: in "letter a" the a is no article."""
-        return self.recipe.data.type == "world"
 
     def logits(self, batches: dict[str, Batch]) -> tuple[Tensor, list[BackboneOutput]]:
         output = self.run(batches["pair"])
@@ -65,7 +60,7 @@ class VQA(Classifier):
 
     def score(self, answers: Sequence[Guess], examples: Sequence[Example]) -> dict[str, Score]:
         values = [
-            vqa_accuracy(self.labels[a.labels[0]], e.references, self._exact)
+            vqa_accuracy(self.labels[a.labels[0]], e.references, e.exact)
             for a, e in zip(answers, examples, strict=True)
             if e.references
         ]
@@ -76,10 +71,10 @@ class VQA(Classifier):
         known = [e for e in examples if e.references]
         total: dict[str, float] = {}
         for example in known:
-            for answer, score in soft_scores(example.references, self._exact).items():
+            for answer, score in soft_scores(example.references, example.exact).items():
                 total[answer] = total.get(answer, 0.0) + score
         best = max(total, key=lambda answer: total[answer], default="")
-        return {"accuracy": mean_score([vqa_accuracy(best, e.references, self._exact) for e in known])}
+        return {"accuracy": mean_score([vqa_accuracy(best, e.references, e.exact) for e in known])}
 
 
 def _images(examples: Sequence[Example]) -> list[np.ndarray]:

@@ -42,7 +42,7 @@ MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.j
 FORMAT, UNSEALED = 4, 3
 # Keys that may differ between a checkpoint and the recipe that goes on from it: none of them enters the numbers.
 FREE_KEYS = re.compile(
-    r"(name|about|init_allow_inexact|branch_from|run\..*|eval\.(samples|batch|pictures)|data\.workers"
+    r"(name|about|init_allow_inexact|branch_from|run\..*|eval\.(samples|batch|pictures|every)|data\.workers"
     r"|data\.max_bad_share|data\.stream\.(cache|cache_gb|attempts)"
     r"|train\.(log_every|watch_every|checkpoint_every|keep|keep_at(\[\d+\])?|device))"
 )

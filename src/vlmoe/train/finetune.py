@@ -64,10 +64,12 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
             patience=recipe.train.patience,
         )
         known = len(examples) < 1 << 40
+        unanswerable = getattr(examples, "unanswerable", 0)
         console.print(
             f"{recipe.task} from {'random weights' if recipe.train.scratch else recipe.init}: "
             + (f"{count_of(recipe, examples, 'train'):,} training examples" if known else "endless training examples")
             + (f", {len(examples.labels)} classes" if examples.labels else "")
+            + (f", {unanswerable:,} of them with no answer among these" if unanswerable else "")
             + f"; {type(task).main} on {count} of '{first}' picks the best weights",
             highlight=False, markup=False,
         )  # fmt: skip

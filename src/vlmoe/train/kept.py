@@ -24,6 +24,8 @@ def load_step(run: Path, step: int, device: torch.device) -> Pretrained | Finetu
 
     Raises UserError: the run has no such checkpoint (the message lists those it has), or it is damaged.
     """
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder")
     folder = run / CHECKPOINTS
     steps = checkpoint.steps_in(folder)
     if step not in steps:

@@ -14,7 +14,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from vlmoe.config import FinetuneRecipe, Recipe, TrainConfig, UserError, to_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import BadBudget, Step, make_loader
+from vlmoe.metrics import Score
 from vlmoe.model.device import pick_device, pick_precision
 from vlmoe.moe import SoftMoELayer
 from vlmoe.tasks.base import StepOutput, Task
@@ -75,19 +76,32 @@ class TrainResult:
         return self.stopped_by is not None
 
 
+@dataclass(frozen=True)
+class Judged:
+    """score: higher is better. parts: what it is made of, by name. words: the same for people. warning: why it may say
+    little; shown once in a launch."""
+
+    score: float
+    parts: dict[str, Score] = field(default_factory=dict)
+    words: str = ""
+    warning: str = ""
+
+
 @dataclass
 class Validation:
     """When and how a run is judged while it trains, and what came of it.
 
     score: of the task in evaluation mode, higher is better; it draws no random numbers of torch's default generator.
-    every: steps between two. patience: validations without a better one after which training ends; 0: never.
+    keep_best: keep the weights of the best score, and end with them; else the run is only looked at. every: steps
+    between two. patience: validations without a better one after which training ends; 0: never.
     best, best_step, misses: the best score, its step, validations since. Weights of the best are kept in the run's
     folder `best`.
     """
 
-    score: Callable[[Task], float]
+    score: Callable[[Task], float | Judged]
     every: int
     patience: int = 0
+    keep_best: bool = True
     best: float = -math.inf
     best_step: int = 0
     misses: int = 0
@@ -188,6 +202,7 @@ class Trainer:
         if guard.on:
             self.guard = Guard(guard, self.task, self.optimizer, recipe.seed, device, self.state.guard)
         self.last_loss: Tensor | None = None
+        self.warned = False  # of a validation that says little
         self.data_moved = False  # a roll-back leaves out the data since the checkpoint
         self.resumed_from = self.saved_step = self.state.step
         self.launched = _Clock(time.perf_counter())
@@ -396,22 +411,31 @@ class Trainer:
             return
         began = time.perf_counter()
         self.task.eval()
-        score = v.score(self.task)
+        found = v.score(self.task)
+        judged = found if isinstance(found, Judged) else Judged(found)
+        score = judged.score
         self.task.train()
         v.misses += 1
         if score > v.best:
             v.best, v.best_step, v.misses = score, step, 0
-            checkpoint.save_weights(self.run_dir / BEST, self.task)
+            if v.keep_best:
+                checkpoint.save_weights(self.run_dir / BEST, self.task)
         took = time.perf_counter() - began
-        self.log.event("validation", step=step, score=score, best=v.best, best_step=v.best_step, seconds=took)
-        display.say(f"step {step}: validation {score:.4f}" + ("" if v.misses else ", the best so far"))
+        self.log.validation(step, judged.parts, score=score, best=v.best, best_step=v.best_step, seconds=took)
+        display.say(
+            f"step {step}: {judged.words or f'validation {score:.4f}'}" + ("" if v.misses else ", the best so far")
+        )
+        if judged.warning and not self.warned:
+            self.warned = True
+            self.log.event("warning", step=step, text=judged.warning)
+            display.warn(judged.warning)
         if v.exhausted:
             display.say(f"no better for {v.misses} validations: training ends, step {v.best_step} is kept")
         for clock in (self.launched, self.lap):  # throughput is that of training
             clock.began += took
 
     def _take_best(self) -> None:
-        if self.validation is not None and self.validation.best_step:
+        if self.validation is not None and self.validation.keep_best and self.validation.best_step:
             checkpoint.load_weights(self.run_dir / BEST, self.task)
 
     def _next(self, data: Iterator[Step]) -> tuple[list[dict[str, Batch]], Counter[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from vlmoe.train.runlog import METRICS, ROUTING, read_lines
+from vlmoe.train.runlog import EVENTS, METRICS, ROUTING, read_lines
 
 CURVES, ROUTING_PNG = "curves.png", "routing.png"
 # Okabe and Ito's palette, dark ones first; line styles repeat the distinction for prints without colour.
@@ -35,6 +35,11 @@ def plot_curves(run_dir: Path) -> Path | None:
     records = read_lines(run_dir / METRICS)
     if not records:
         return None
+    last = max(record["step"] for record in records)
+    for event in read_lines(run_dir / EVENTS):  # never cut: of a step done again the last counts, as it is drawn last
+        if event["event"] == "validation" and event["step"] <= last and "parts" in event:
+            parts = {f"val {name}": score["value"] for name, score in event["parts"].items()}
+            records.append({"step": event["step"], **parts})
     names = list(dict.fromkeys(name for record in records for name in record if name not in NOT_DRAWN))
     panels: dict[str, list[str]] = {}
     for name in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from vlmoe.data.text_tokenizer import DESCRIPTION, TextTokenizer, build_text_tok
 from vlmoe.data.visual_tokenizer import VisualTokenizer, VQTokenizer
 from vlmoe.data.visual_training import train_vq
 from vlmoe.model import describe
+from vlmoe.model.parameters import sparse_layers
 from vlmoe.tasks.export import Pretrained, export, load_pretrained, load_visual_tokenizer
 from vlmoe.tasks.init import continue_from
 from vlmoe.tasks.pretrain import MaskedDataModelling
@@ -25,6 +27,7 @@ from vlmoe.train import checkpoint
 from vlmoe.train.branch import branch_off
 from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
 from vlmoe.train.runlog import lock_run, note_event
+from vlmoe.train.validation import held_out_validation
 
 TOKENIZERS, MODEL = "tokenizers", "model"
 STREAM = "stream"  # what readers of streams have found, see `vlmoe.data.stream`
@@ -40,6 +43,8 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     run_dir = Path(recipe.run.dir)
     device = pick_device(recipe.train.device)
     console.print(describe(recipe.name, recipe.model), highlight=False, markup=False)
+    if dense := why_dense(recipe):
+        console.print(dense, highlight=False, markup=False, soft_wrap=True, style="yellow")
     with lock_run(run_dir):  # from here on: two launches must not train the same tokenizers either
         found = checkpoint.newest(run_dir / CHECKPOINTS)
         if found is None and recipe.branch_from:
@@ -61,10 +66,30 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
             torch.manual_seed(recipe.seed)
             task = MaskedDataModelling(recipe.model, visual_tokenizer)
         del start  # its weights are copied: they need no memory while training
-        result = train(recipe, task, StepData(recipe, text_tokenizer, record=run_dir / STREAM), run_dir)
+        data = StepData(recipe, text_tokenizer, record=run_dir / STREAM)
+        validation = held_out_validation(recipe, text_tokenizer, device)
+        for line in data.understood():
+            console.print(line, highlight=False, markup=False)
+        result = train(recipe, task, data, run_dir, validation)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
     return result
+
+
+def why_dense(recipe: Recipe) -> str:
+    """For people: why no token of a run meets an expert; "" where some do."""
+    m, batch = recipe.model, vars(recipe.data.batch)
+    if sparse_layers(m, [kind for kind, size in batch.items() if size]):
+        return ""
+    if not sparse_layers(replace(m, vl_ffn=0), batch):
+        return (
+            f"This model is dense: it has no sparse layer, as model.vision.sparse is {m.vision.sparse} and "
+            f"model.text.sparse {m.text.sparse} with model.depth={m.depth}."
+        )
+    return (
+        "No token of this run meets an expert: the model has sparse layers, but none where these samples pass "
+        "(data.batch says which there are; in the top model.vl_ffn blocks pairs pass a dense layer)."
+    )
 
 
 def _continued(start: Pretrained, recipe: Recipe, console: Console) -> tuple[MaskedDataModelling, Upcycled | None]:

@@ -16,7 +16,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,7 @@ from typing import IO, Any
 import torch
 
 from vlmoe.config import FinetuneRecipe, Recipe, UserError, parse_json, to_yaml
+from vlmoe.metrics import Score
 
 METRICS, ROUTING, EVENTS, SKIPPED = "metrics.jsonl", "routing.jsonl", "events.jsonl", "skipped.jsonl"
 LOCK = ".lock"
@@ -117,6 +118,14 @@ class RunLog:
             for name, value in finite.items():
                 if value is not None:
                     self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def validation(self, step: int, parts: Mapping[str, Score], **details: Any) -> None:
+        """What a validation found: an event, and what the score is made of as TensorBoard's "val KIND/MEASURE"."""
+        listed = {name: score.as_dict() for name, score in parts.items()}
+        self.event("validation", step=step, **details, **({"parts": listed} if listed else {}))
+        with self._tensorboard_errors():
+            for name, score in parts.items():
+                self._tensorboard.add_scalar(f"val {name}", score.value, step)
 
     def routing(
         self, step: int, load: dict[str, torch.Tensor], layers: dict[str, dict[str, float]] | None = None

@@ -21,6 +21,7 @@ class Example:
         is not public (test sets).
     group: examples of one group are judged together (NLVR2: the sentence, for consistency).
     factors: what scores are also split by, name -> value: {"kind": "colour"}.
+    exact: answers are compared as they are: normalisation would spoil them ("letter a" loses its letter).
     """
 
     key: str
@@ -31,6 +32,7 @@ class Example:
     label: int | None = None
     group: str = ""
     factors: dict[str, str] = field(default_factory=dict)
+    exact: bool = False
 
 
 class Examples(Protocol):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from vlmoe.data.images import decode_image
 from vlmoe.data.packed import Records
 from vlmoe.data.sample import BadSample
 
-_KEPT = ("key", "text", "text_pair", "references", "label", "group", "factors")  # of an entry: all but the images
+OWN = (".jsonl", ".csv", ".tsv")  # endings of one's own files for vqa, retrieval and caption
+_KEPT = ("key", "text", "text_pair", "references", "label", "group", "factors", "exact")  # all but images
 
 
 def _write(entry: Example) -> bytes:
@@ -55,10 +57,7 @@ class FileExamples(ABC):
 
     def __getitem__(self, index: int) -> Example:
         entry = self.entries[index]
-        images = tuple(self._image(path) for path in self.paths(index))
-        return Example(
-            entry.key, images, entry.text, entry.text_pair, entry.references, entry.label, entry.group, entry.factors
-        )
+        return replace(entry, images=tuple(self._image(path) for path in self.paths(index)))
 
     def _image(self, path: Path) -> Any:
         try:
@@ -97,8 +96,14 @@ def open_files(
     from vlmoe.data.downstream.karpathy import Karpathy
     from vlmoe.data.downstream.mnli import MNLI
     from vlmoe.data.downstream.nlvr2 import NLVR2Files
+    from vlmoe.data.downstream.own import OwnCaptions, OwnQuestions
     from vlmoe.data.downstream.vqav2 import VQAv2
 
+    own = files.file.lower().endswith(OWN)
+    if task == "vqa" and own:
+        return OwnQuestions(files, image_size, max_pixels, labels, answers)
+    if task in {"retrieval", "caption"} and own:
+        return OwnCaptions(task, files, image_size, max_pixels)
     if task == "vqa":
         return VQAv2(files, image_size, max_pixels, labels, answers)
     if task == "nlvr2":
@@ -147,7 +152,8 @@ def need(entry: dict[str, Any], key: str, kind: type | tuple[type, ...], where: 
 
 def below(folder: str, name: str, where: str) -> Path:
     """A path below the images' folder. Raises UserError for one that leads out of it."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+    elsewhere = Path(name).is_absolute() and not Path(name).is_relative_to(Path(folder).absolute())
+    if elsewhere or ".." in Path(name).parts or "\0" in name:
         raise UserError(f"{where}: {name!r} is not a path below the images' folder")
     return Path(folder) / name
 

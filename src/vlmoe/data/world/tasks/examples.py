@@ -91,7 +91,15 @@ class WorldExamples:
     @staticmethod
     def _example(key: str, made: Made, images: tuple[np.ndarray, ...]) -> Example:
         return Example(
-            key, images, made.text, made.text_pair, made.references, made.label, made.group, dict(made.factors)
+            key,
+            images,
+            made.text,
+            made.text_pair,
+            made.references,
+            made.label,
+            made.group,
+            dict(made.factors),
+            exact=True,
         )
 
 

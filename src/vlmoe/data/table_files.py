@@ -1,0 +1,92 @@
+"""Which files a source of tables reads: those of a path, a pattern or a folder, or of a data set that Hugging Face's
+`datasets` saved with `save_to_disk`."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from vlmoe.config import UserError, read_json
+from vlmoe.data.files import FileOptions
+from vlmoe.data.walk import walk_files
+
+SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "val": "validation", "eval": "validation",
+    "valid": "validation", "validation": "validation", "dev": "validation",
+}  # fmt: skip
+STATE, DICT = "state.json", "dataset_dict.json"  # of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
+
+
+def expand_tables(pattern: str, suffix: str) -> list[Path]:
+    """Files of a path, glob pattern or folder. suffix: ".parquet" or ".arrow".
+
+    Raises UserError: there are none, a folder holds several splits, or lacks a file that its data set names.
+    """
+    kind = suffix[1:]
+    if os.path.isdir(pattern):
+        found = _in_folder(Path(pattern), suffix)
+    elif glob.has_magic(pattern) and not os.path.exists(pattern):
+        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
+    else:
+        found = [Path(pattern)] if os.path.isfile(pattern) else []
+    if not found:
+        raise UserError(f"{kind} {pattern}: no such file, and nothing matches")
+    return found
+
+
+def roots_of(options: FileOptions, file: Path) -> list[Path]:
+    """The folders that paths of images in a file may be relative to, in the order in which they are tried."""
+    if options.images:
+        return [Path(options.images)]
+    return [file.parent, *([Path(options.path)] if os.path.isdir(options.path) else [])]
+
+
+def _in_folder(folder: Path, suffix: str) -> list[Path]:
+    kind = suffix[1:]
+    if suffix == ".arrow" and (folder / STATE).is_file():
+        return _saved(folder)
+    names = sorted(name for name in walk_files(folder).files if name.lower().endswith(suffix))
+    if suffix == ".arrow":
+        saved = sorted({os.path.dirname(n) for n in names if (folder / os.path.dirname(n) / STATE).is_file()})
+        if len(saved) > 1 or (saved and (folder / DICT).is_file()):
+            raise UserError(
+                f"arrow {folder}: holds the data sets {', '.join(saved)}: name one of them, for example "
+                f"{folder / _rather_train(saved)}"
+            )
+        if saved:
+            return _saved(folder / saved[0])
+        names = [name for name in names if not os.path.basename(name).startswith("cache-")]  # of a data set's `map`
+    splits = sorted({split for split in map(split_of, names) if split})
+    if len(splits) > 1:
+        example = next(name for name in names if split_of(name) == _rather_train(splits))
+        like = folder / re.sub(r"\d{4,5}(-of-\d{5}.*)?(?=\.\w+$)", "*", example)
+        raise UserError(
+            f"{kind} {folder}: holds the splits {', '.join(splits)}, and a folder is read whole: name one of them by a "
+            f"pattern, for example {like}"
+        )
+    return [folder / name for name in names]
+
+
+def split_of(name: str) -> str:
+    """The split that a path below a folder speaks of, by its last word that names one; empty where there is none."""
+    words = [SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS]
+    return words[-1] if words else ""
+
+
+def _rather_train(names: list[str]) -> str:
+    return "train" if "train" in names else names[0]
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The files of a saved data set, in its own order."""
+    listed = read_json(folder / STATE).get("_data_files")
+    given = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or ()]
+    names = [name for name in given if isinstance(name, str) and name == os.path.basename(name)]
+    if not names or len(names) < len(given):
+        raise UserError(f"{folder / STATE}: expected '_data_files', a list of objects with the 'filename' of each")
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"arrow {folder}: {name} is missing, which {STATE} names")
+    return [folder / name for name in names]

@@ -1,0 +1,96 @@
+"""The data of a recipe as a whole: counts made by hand on small files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.data.test_files import png
+from vlmoe.cli import app
+from vlmoe.config import Recipe, from_mapping, to_yaml
+from vlmoe.data.check_recipe import check_recipe
+
+
+def pictures(folder: Path, numbers: list[int], captions: list[str]) -> str:
+    """Pairs: the picture of each number with its caption."""
+    folder.mkdir()
+    lines = []
+    for i, (number, caption) in enumerate(zip(numbers, captions, strict=True)):
+        (folder / f"{i:03d}.png").write_bytes(png(number))
+        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def plan(folder: Path, **more: Any) -> Recipe:
+    """Two sources to train on, 3 to 1, and one for validation that shares two pictures and a caption with them."""
+    first = pictures(folder / "a", [*range(40), 0, 1], [f"red number {i}" for i in range(40)] + ["red number 0", "red"])
+    second = pictures(folder / "b", list(range(50, 60)), ["red " * 30] * 10)
+    val = pictures(folder / "v", [0, 1, *range(100, 138)], ["red number 3", *(f"blue {i}" for i in range(39))])
+    sources = [
+        {"type": "folder", "path": path, "held_out": share, "weight": weight}
+        for path, share, weight in ((first, 0, 3), (second, 0, 1), (val, 1, 1))
+    ]
+    return from_mapping(
+        {
+            "model": {"image_size": 8, "patch": 4, "max_text": 12, "vocabulary": 200, "width": 8, "heads": 2},
+            "data": {"sources": sources, "batch": {"image": 0, "text": 0, "pair": 8}, "workers": 0},
+            "train": {"steps": 210, "warmup": 1},
+            **more,
+        }
+    )
+
+
+def test_a_recipes_data_are_counted_source_by_source(tmp_path: Path) -> None:
+    report = check_recipe(plan(tmp_path))
+    first, second = report["sources"]
+    assert (first["share"], first["samples"], first["looked_at"], first["bad"]) == (0.75, 42, 42, 0)
+    assert first["repeats"] == pytest.approx(210 * 8 * 0.75 / 42)
+    assert second["repeats"] == pytest.approx(210 * 8 * 0.25 / 10)
+    assert (first["cut"], second["cut"]) == (0, 1)
+    assert first["same_captions"] == pytest.approx(1 / 42)
+    assert first["same_images"] == pytest.approx(2 / 42)
+    assert second["same_captions"] == pytest.approx(0.9)
+    assert (first["unknown"], second["unknown"]) == (0, 0)
+    assert report["held_out"] == {"pair": {"samples": 40, "captions": 1 / 40, "images": 2 / 40}}
+    said = "\n".join(report["problems"])
+    for words in (
+        "each sample is shown 42 times", "100% of the texts are cut at model.max_text = 12", "90% of the captions",
+        "held-out pair: 5.0% of its different images are in training, too",
+    ):  # fmt: skip
+        assert words in said
+    assert "/a:" not in said  # the first source is sound
+    json.dumps(report)
+
+
+def test_bad_samples_and_few_held_out_ones_are_problems(tmp_path: Path) -> None:
+    recipe = plan(tmp_path)
+    (tmp_path / "a" / "003.png").write_bytes(b"none")
+    recipe.data.sources = recipe.data.sources[:1]
+    recipe.data.sources[0].held_out = 0.05
+    report = check_recipe(recipe)
+    looked = report["sources"][0]
+    if looked["bad"]:  # it may be the one that is held out
+        assert looked["reasons"] == {"not an image of a known format": 1}
+        assert any("of the samples cannot be used" in line for line in report["problems"])
+    assert any("held-out pair: " in line and "too few" in line for line in report["problems"])
+    assert report["held_out"]["pair"]["samples"] + looked["samples"] == 42
+
+
+def test_the_command_takes_a_recipe_and_ends_with_a_verdict(tmp_path: Path) -> None:
+    recipe = plan(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text(to_yaml(recipe))
+    run = CliRunner()
+    result = run.invoke(app, ["data", "check", str(file), "--samples", "20"], env={"COLUMNS": "160"})
+    assert result.exit_code == 1, result.output
+    assert "Look at the problems above before you train." in result.output
+    sound = ["train.steps=5", "model.max_text=40"]
+    result = run.invoke(app, ["data", "check", str(file), *sound, "--json"])
+    found = json.loads(result.output)
+    assert [row["looked_at"] for row in found["sources"]] == [42, 10]
+    assert not any("shown" in line or "cut" in line for line in found["problems"])
+    result = run.invoke(app, ["data", "check", str(tmp_path / "a"), "train.steps=5"])
+    assert "only a recipe takes overrides" in str(result.exception)
