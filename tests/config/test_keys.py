@@ -65,7 +65,7 @@ def test_a_comment_belongs_to_the_field_it_stands_beside_or_below() -> None:
     [
         ("train.lr", "train.lr", 1),
         ("train.guard", "train.guard.on", 8),
-        ("data.sources", "data.sources", 7),
+        ("data.sources", "data.sources", 10),
         ("data.sources[0].path", "data.sources[].path", 1),
         ("data.sources.0.path", "data.sources[].path", 1),
         ("model.vision.", "model.vision.sparse", 24),
