@@ -235,7 +235,7 @@ def test_a_fine_tuned_run(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda run: find_run(run / "missing"), "no config.json here"),
+        (lambda run: find_run(run / "missing"), "missing: no such folder"),
         (lambda run: find_run(run, split="dreams"), "no split 'dreams' in this run's data: there are val"),
     ],
 )

@@ -112,7 +112,7 @@ def _sample(source: FileSource, index: int, max_pixels: int) -> tuple[int, str |
     row = int(source.rows[index])
     key = source.key(row)
     parts = source.read(row, image=True)
-    text = choose_caption(parts.captions, key, 0)[0] if source.kind == "pair" else None
+    text = choose_caption(parts.captions, key, 0, source.options.turns)[0] if source.kind == "pair" else None
     if parts.image is None:
         raise BadSample(key, "no image")
     decode_image(parts.image, key, _DECODED, max_pixels)
