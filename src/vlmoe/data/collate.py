@@ -18,6 +18,7 @@ from vlmoe.data.sample import BadSample, Sample, Span
 from vlmoe.data.text_tokenizer import TextTokenizer
 
 Tokens = tuple[list[int], list[tuple[int, int]], np.ndarray, bool]  # the fields of Ready, shared by equal texts
+Ranges = tuple[tuple[int, int], ...]  # of characters: start and stop
 KEPT = 8192  # texts whose tokens are kept: names come again and again; about 1 KB each
 
 
@@ -40,7 +41,7 @@ class Collator:
     ) -> None:
         self.model, self.masking, self.tokenizer, self.kind, self.factors = model, masking, tokenizer, kind, factors
         self._classes = frozenset(masking.words)
-        self._tokens: dict[tuple[str, tuple[tuple[int, int], ...]], Tokens] = {}
+        self._tokens: dict[tuple[str, Ranges], Tokens] = {}
 
     def ready(self, sample: Sample) -> Ready:
         """Check and tokenize one sample.
@@ -56,10 +57,12 @@ class Collator:
             return Ready(sample)
         if not sample.text or not sample.text.strip():
             raise BadSample(sample.key, "empty text")
-        asked = tuple((s.start, s.stop) for s in sample.spans if s.factors.get("word_class") in self._classes)
-        if self._classes and not asked:
-            why = f"no word of the text is known as one of {self.masking.words} (data.masking.words)"
-            raise BadSample(sample.key, why)
+        asked: Ranges = ()
+        if self._classes:
+            asked = tuple((s.start, s.stop) for s in sample.spans if s.factors.get("word_class") in self._classes)
+            if not asked:
+                why = f"no word of the text is known as one of {self.masking.words} (data.masking.words)"
+                raise BadSample(sample.key, why)
         found = self._tokens.get((sample.text, asked))
         if found is None:
             found = self._tokenize(sample.text, asked)
@@ -70,7 +73,7 @@ class Collator:
             raise BadSample(sample.key, f"no token of the {'words asked' if asked else 'text'} is in the vocabulary")
         return Ready(sample, ids, offsets, maskable_T, cut)
 
-    def _tokenize(self, text: str, asked: tuple[tuple[int, int], ...]) -> Tokens:
+    def _tokenize(self, text: str, asked: Ranges) -> Tokens:
         """asked: ranges of characters that may be hidden; none: all."""
         ids, offsets = self.tokenizer.encode(text)
         room = self.model.max_text - 2

@@ -41,7 +41,7 @@ def stem_convolutions(config: ModelConfig) -> list[tuple[int, int, int]]:
     if config.patch_stem == "linear":
         return []
     channels, sides = stem_channels(config), stem_sides(config.patch)
-    return [(KERNEL**2 * i, o, side**2) for i, o, side in zip((3, *channels), channels, sides, strict=False)]
+    return [(KERNEL**2 * i, o, side**2) for i, o, side in zip((3, *channels[:-1]), channels, sides, strict=True)]
 
 
 class ConvStem(nn.Module):
@@ -58,7 +58,7 @@ class ConvStem(nn.Module):
         self.patch, channels = config.patch, stem_channels(config)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(i, o, KERNEL, stride, padding=1)
-            for i, o, stride in zip((3, *channels), channels, STRIDES, strict=False)
+            for i, o, stride in zip((3, *channels[:-1]), channels, STRIDES, strict=True)
         )
 
     @torch.no_grad()
