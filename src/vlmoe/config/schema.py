@@ -53,7 +53,7 @@ class ModalityConfig:
     experts: int = 8  # in each sparse layer
     expert_size: float = 1.0  # hidden units of an expert, before it is split, over the dense layer's
     granularity: int = 1  # m: experts split into m times as many of 1/m the hidden size, of which a token takes m * k
-    shared_experts: int = 0  # so many experts more that serve every token, of the split size (DeepSeekMoE)
+    shared_experts: int = 0  # additional experts that serve every token, of the split size (DeepSeekMoE)
     expert_dropout: float = 0.0  # of the experts' hidden units, in training (ST-MoE)
     router: RouterConfig = field(default_factory=RouterConfig)
 
@@ -78,7 +78,7 @@ class ModelConfig:
     vl_ffn: int = 2  # the top blocks in which a pair's tokens share one dense VL-FFN
     sub_ln: bool = False  # extra LayerNorm inside attention and feed-forward (Magneto, BEiT-3)
     drop_path: float = 0.0  # rate of the last block; grows linearly from 0
-    common_experts: int = 0  # in blocks sparse for both: so many experts more that either modality may choose
+    common_experts: int = 0  # in blocks sparse for both modalities: additional experts that either may choose
     recompute: bool = False  # activation checkpointing, block by block
     vision: ModalityConfig = field(default_factory=ModalityConfig)
     text: ModalityConfig = field(default_factory=ModalityConfig)
