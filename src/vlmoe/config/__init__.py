@@ -23,6 +23,7 @@ from vlmoe.config.reading import (
     with_later_keys,
 )
 from vlmoe.config.schema import (
+    AugmentConfig,
     BatchConfig,
     DataConfig,
     EvalConfig,
@@ -49,6 +50,7 @@ from vlmoe.config.validation import check_scenes
 __all__ = [
     "TASKS",
     "AlteredError",
+    "AugmentConfig",
     "BatchConfig",
     "CaptionConfig",
     "DataConfig",

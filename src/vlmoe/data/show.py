@@ -51,7 +51,8 @@ def show_data(
     training = split == "train"
     seed = recipe.seed if training else HELD_OUT_SEED
     sources = build_sources(recipe.data, recipe.model, kind, split, seed)
-    mixture = Mixture(sources, seed, training, max(1, getattr(recipe.data.batch, kind)))
+    augment = recipe.data.augment if training else None
+    mixture = Mixture(sources, seed, training, max(1, getattr(recipe.data.batch, kind)), augment)
     collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind)
     positions = list(range(min(samples, len(mixture))))
     taken: Counter[str] = Counter()
