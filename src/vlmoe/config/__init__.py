@@ -23,6 +23,7 @@ from vlmoe.config.reading import (
     with_later_keys,
 )
 from vlmoe.config.schema import (
+    LEAST_BYTE_VOCABULARY,
     AugmentConfig,
     BatchConfig,
     DataConfig,
@@ -48,6 +49,7 @@ from vlmoe.config.sealed import AlteredError, check_files, describe, read_sealed
 from vlmoe.config.validation import check_scenes
 
 __all__ = [
+    "LEAST_BYTE_VOCABULARY",
     "TASKS",
     "AlteredError",
     "AugmentConfig",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LEAST_BYTE_VOCABULARY = 512  # rows of model.vocabulary: half of them for bytes and special tokens
+
 
 class UserError(ValueError):
     """Something a user can put right; the command line prints it as one line. Every error meant for users is one."""
@@ -177,9 +179,12 @@ class AugmentConfig:
 class TextTokenizerConfig:
     """How texts become tokens."""
 
-    type: str = "corpus"  # corpus (trained on the run's texts), hf (tokenizer.json), sentencepiece (.model)
-    path: str = ""  # of the file for hf and sentencepiece
+    type: str = "corpus"  # corpus (trained on the run's texts), hf (anybody's, as BERT's or SigLIP's), sentencepiece
+    # (.model or .spm, as BEiT-3's)
+    path: str = ""  # hf, sentencepiece: a file, a folder, or a name on the hub, NAME@REVISION for a certain version
     samples: int = 20000  # texts that corpus training reads
+    byte_fallback: bool = False  # corpus: byte pairs, in which what has no token is spelled by its bytes, so that
+    # nothing is unknown; 256 rows of model.vocabulary are theirs. false: word pieces
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlmoe.config.finetune import TASKS, FinetuneRecipe
 from vlmoe.config.schema import (
+    LEAST_BYTE_VOCABULARY,
     AugmentConfig,
     DataConfig,
     ModelConfig,
@@ -141,7 +142,12 @@ def _data(d: DataConfig, m: ModelConfig, need: Need) -> None:
     tok, vis = d.text_tokenizer, d.visual_tokenizer
     need(tok.type in {"corpus", "hf", "sentencepiece"}, "data.text_tokenizer.type", tok.type,
          "corpus, hf or sentencepiece")  # fmt: skip
-    need(tok.type == "corpus" or bool(tok.path), "data.text_tokenizer.path", tok.path, "the tokenizer file's path")
+    need(tok.type == "corpus" or bool(tok.path), "data.text_tokenizer.path", tok.path,
+         "the tokenizer's file, folder, or name on the hub")  # fmt: skip
+    need(not tok.byte_fallback or tok.type == "corpus", "data.text_tokenizer.byte_fallback", tok.byte_fallback,
+         "false, because a tokenizer that is there already has its own rule")  # fmt: skip
+    need(not tok.byte_fallback or m.vocabulary >= LEAST_BYTE_VOCABULARY, "model.vocabulary", m.vocabulary,
+         f"at least {LEAST_BYTE_VOCABULARY}, because data.text_tokenizer.byte_fallback takes 256")  # fmt: skip
     for f in ("dim", "width", "steps", "batch"):
         need(getattr(vis, f) > 0, f"data.visual_tokenizer.{f}", getattr(vis, f), "a positive number")
     need(vis.type in {"vq", "codes"}, "data.visual_tokenizer.type", vis.type, "vq or codes")
