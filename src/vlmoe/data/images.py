@@ -40,7 +40,7 @@ _TURNS = {  # EXIF orientation -> what puts it upright
 }
 
 
-WITHOUT_PROFILE = "shown without their colour profile, which cannot be used"
+WITHOUT_PROFILE = "without their colour profile, which cannot be used"
 
 
 def decode_image(
