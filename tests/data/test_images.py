@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from vlmoe.data.files import FileOptions, Parts, make_sample
 from vlmoe.data.images import WITHOUT_PROFILE, decode_image
 from vlmoe.data.sample import BadSample
 
@@ -275,6 +276,8 @@ def test_an_unusable_profile_is_left_out_and_noted(wrong: bytes | str) -> None:
     image = noise(16, 16)
     profile = icc(b"GRAY", {b"wtpt": xyz(WHITE), b"kTRC": gamma(1.0)}) if isinstance(wrong, str) else wrong
     notes: list[str] = []
-    found = decode_image(encode(image, "WEBP", lossless=True, icc_profile=profile), "k", 16, LIMIT, notes=notes)
+    raw = encode(image, "WEBP", lossless=True, icc_profile=profile)
+    found = decode_image(raw, "k", 16, LIMIT, notes=notes)
     assert (found == np.array(image)).all()
     assert notes == ([WITHOUT_PROFILE] if wrong else [])
+    assert make_sample(Parts(image=raw), "k", FileOptions("image", "x"), 0).taken == tuple(notes)
