@@ -76,7 +76,7 @@ def measure(side: int, size: int) -> dict[str, Any]:
     decoded = []
     for raw in raws:
         image = Image.open(io.BytesIO(raw))
-        image.draft(None, (side // shrink(side, size),) * 2)  # type: ignore[attr-defined]
+        image.draft(None, (side // shrink(side, size),) * 2)
         decoded.append(image.convert("RGB"))
     ways: dict[str, Callable[[int], np.ndarray]] = {
         "pillow": lambda i: decode_image(raws[i], "", size, 10**9),
