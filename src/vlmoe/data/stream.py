@@ -41,6 +41,7 @@ import numpy as np
 
 from vlmoe.config import SourceConfig, StreamConfig, UserError
 from vlmoe.data.accounts import short
+from vlmoe.data.augment import Views
 from vlmoe.data.counter import hash64, shuffled
 from vlmoe.data.files import FileOptions, Parts, choose_caption, make_sample
 from vlmoe.data.ledger import Ledger, Turn
@@ -285,8 +286,12 @@ class StreamSource:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Sample:
+        return self.draw(index, 0)
+
+    def draw(self, index: int, epoch: int, views: Views | None = None) -> Sample:
+        """A sample; the epoch follows from the index. views: as of `make_sample`."""
         parts, key, number = self._read(index, image=self.kind != "text")
-        return make_sample(parts, key, self.options, number)
+        return make_sample(parts, key, self.options, number, views)
 
     def text(self, index: int) -> str:
         """The text alone, without reading the image."""
