@@ -43,6 +43,11 @@ def decode_image(raw: bytes, key: str, image_size: int, max_pixels: int) -> np.n
     Raises BadSample: not an image of a known format, truncated, corrupt, or more than `max_pixels` by its header (then
     nothing is decoded).
     """
+    return decode_with_size(raw, key, image_size, max_pixels)[0]
+
+
+def decode_with_size(raw: bytes, key: str, image_size: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `decode_image` returns, and the width and height that the image is stored with. Raises BadSample as it."""
     if not raw:
         raise BadSample(key, "empty image file")
     try:
@@ -54,7 +59,7 @@ def decode_image(raw: bytes, key: str, image_size: int, max_pixels: int) -> np.n
                     raise BadSample(key, f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
                 if min(width, height) < 1:
                     raise BadSample(key, f"image of {width} x {height} pixels")
-                return _square(image, image_size)
+                return _square(image, image_size), (width, height)
     except BadSample:
         raise
     except Image.DecompressionBombError:

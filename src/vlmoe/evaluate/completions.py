@@ -73,8 +73,9 @@ def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch,
     return completions
 
 
-def draw(completions: list[Completion], path: Path) -> None:
-    """One row a completion: the picture, the picture with patches hidden and restored, and the sentences."""
+def draw(completions: list[Completion], path: Path, title: str) -> None:
+    """One row a completion: the picture, the picture with patches hidden and restored, and the sentences. title: whose
+    they are."""
     from matplotlib import pyplot as plt  # slow to import, needed here alone
 
     rows = len(completions)
@@ -104,7 +105,7 @@ def draw(completions: list[Completion], path: Path) -> None:
                 for w in item.words
             ]
             y = _write(row[3], y, label, pieces, bold=True)
-    figure.suptitle("Held-out scenes. Filled-in words: blue right, vermilion wrong.", fontsize=11)
+    figure.suptitle(f"{title}: held-out samples. Filled-in words: blue right, vermilion wrong.", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
