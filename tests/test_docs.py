@@ -27,7 +27,11 @@ def folder_with_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if blocks(p, "python") and p.name != "own-data.md"],  # test_own_data.py runs that page whole
+    ids=lambda p: p.name,
+)
 def test_python_examples_run(page: Path, folder_with_a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder_with_a_run)
     for code in blocks(page, "python"):

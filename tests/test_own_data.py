@@ -11,11 +11,17 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
+from tests.data.test_files import png
 from tests.data.test_tables import save_to_disk
+from tests.test_cli import error_of
 from tests.test_docs import FENCE, ROOT
 from vlmoe.cli import app
+from vlmoe.config import load_finetune
+from vlmoe.data.downstream.loader import open_split
 from vlmoe.study import new
+from vlmoe.tasks.export import load
 from vlmoe.train import plots
+from vlmoe.train.finetune import warnings_of
 
 PAGE = ROOT / "docs" / "own-data.md"
 SIZES = ["model.width=16", "model.heads=2", "model.depth=2", "model.vision.experts=2", "model.text.experts=2"]
@@ -28,6 +34,8 @@ FEWER = {  # beside the words on the page, so that a command takes a second
         "train.steps=2", "train.warmup=1", "data.batch=4", "data.workers=0", "eval.validate=8", "eval.batch=64",
     ],
     "report": ["--samples", "4"],
+    "eval": ["--samples", "4"],
+    "data show": ["--samples", "2"],
 }  # fmt: skip
 FAILS = {"data check pictures.yaml": 1}  # it finds problems, which the page speaks of
 SHOWN_WHOLE = ("data check", "new")  # what these print depends on the data alone, but for numbers of the machine
@@ -61,13 +69,26 @@ def test_the_page_is_followed_to_the_letter(tmp_path: Path, monkeypatch: pytest.
         assert any(command.startswith(word) for command in commands), word
     assert Path("runs/pictures/report.html").stat().st_size > 100_000
     assert json.loads(Path("runs/pictures-vqa/eval.json").read_text())["splits"]["val"]["by"]["group"]
+    assert "never seen the embedded world" in warned("world")
+    assert "of the texts are cut at model.max_text=8 tokens" in warned("questions.yaml", "model.max_text=8")
+    assert "in these texts are not in the vocabulary" in warned("questions.yaml") and "cut" not in warned(
+        "questions.yaml"
+    )
+
+
+def warned(recipe: str, *overrides: str) -> str:
+    """What `vlmoe finetune vqa` warns of."""
+    start = load("runs/pictures")
+    plan = load_finetune("vqa", recipe, start.recipe, "runs/pictures", list(overrides))
+    return " ".join(warnings_of(plan, start, open_split(plan, "train")))
 
 
 def run(command: list[str]) -> str:
     """What a command prints, with fewer steps."""
     assert command[0] == "vlmoe", command
     words = command[1:]
-    result = CliRunner().invoke(app, [*words, *FEWER.get(words[0], [])], env={"COLUMNS": "80"}, catch_exceptions=False)
+    fewer = next((more for name, more in FEWER.items() if " ".join(words).startswith(name)), [])
+    result = CliRunner().invoke(app, [*words, *fewer], env={"COLUMNS": "80"}, catch_exceptions=False)
     assert result.exit_code == FAILS.get(" ".join(words), 0), result.output
     return result.output
 
@@ -95,5 +116,13 @@ def save_hugging_face(folder: Path) -> None:
     save_to_disk(folder / "saved" / "train", [pa.table(columns)])
 
 
-def test_mistakes_that_the_page_speaks_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pass
+@pytest.mark.parametrize("block", [text for language, text in FENCE.findall(PAGE.read_text()) if language == "console"])
+def test_mistakes_are_answered_as_shown(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "a.png").write_bytes(png(0))
+    (tmp_path / "shop" / "metadata.csv").write_text("file_name,title\na.png,a lamp\n")
+    command, answer = block.splitlines()
+    assert error_of(monkeypatch, capsys, *shlex.split(command)[2:]).strip() == answer

@@ -80,6 +80,7 @@ def test_images_nearly_the_same_are_told_apart_from_copies(tmp_path: Path) -> No
         Image.fromarray(images[again]).save(folder / "again.jpg", quality=70)
         for file in [*folder.iterdir()]:
             file.with_suffix(".txt").write_text(f"picture {file.stem}")
+    (tmp_path / "more").mkdir()
     recipe = plan(tmp_path / "more")
     recipe.model.image_size, recipe.model.patch = 48, 8
     recipe.data.sources = [

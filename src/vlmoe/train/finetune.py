@@ -76,17 +76,8 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
             + f"; {type(task).main} on {count} of '{first}' picks the best weights",
             highlight=False, markup=False,
         )  # fmt: skip
-        if recipe.data.type == "world" and not recipe.train.scratch and not _knows_world(start):
-            console.print(
-                f"{recipe.init} has never seen the embedded world, which this task asks about: its pictures and many "
-                "of its words are new to the model. For your own questions set data.type=files, see docs/finetune.md",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-                style="yellow",
-            )
-        if said := unread_texts(recipe, examples, start.text_tokenizer):
-            console.print(said, markup=False, highlight=False, soft_wrap=True, style="yellow")
+        for line in warnings_of(recipe, start, examples):
+            console.print(line, markup=False, highlight=False, soft_wrap=True, style="yellow")
         for part in unseen:
             console.print(f"{recipe.init} has seen no {part}: what reads them starts from random weights", markup=False)
         result = train(recipe, task, TrainData(recipe, examples, collate), run_dir, validation)
@@ -95,30 +86,35 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
     return result
 
 
-def unread_texts(recipe: FinetuneRecipe, examples: Examples, tokenizer: TextTokenizer) -> str:
-    """For people: what of the texts in files the model will not read, "" where that is little. Looks at the first
-    `LOOKED_AT` examples."""
-    if recipe.data.type != "files" or "texts" not in READS[recipe.task]:
-        return ""
+def warnings_of(recipe: FinetuneRecipe, start: Pretrained | Finetuned, examples: Examples) -> list[str]:
+    """For people: what of the task's data is strange to the run that it starts from. Of texts in files the first
+    `LOOKED_AT` examples are looked at."""
+    found = []
+    if recipe.data.type == "world" and not recipe.train.scratch and not _knows_world(start):
+        found.append(
+            f"{recipe.init} has never seen the embedded world, which this task asks about: its pictures and many of "
+            "its words are new to the model. For your own questions set data.type=files, see docs/finetune.md"
+        )
+    if recipe.data.type == "world" or "texts" not in READS[recipe.task]:
+        return found
     truths = [examples.truth(i) for i in range(min(len(examples), LOOKED_AT))]
     written = recipe.task in {"retrieval", "caption"}  # the references are texts to read; vqa's are answers to choose
     texts = [text for e in truths for text in (e.references if written else (e.text, e.text_pair)) if text]
-    rows = [ids for ids, _ in tokenizer.encode_batch(texts)]
+    rows = [ids for ids, _ in start.text_tokenizer.encode_batch(texts)]
     most = recipe.model.max_text - 2  # beside start and end
-    longest, cut = max(map(len, rows), default=0), sum(len(ids) > most for ids in rows)
-    tokens, unknown = sum(map(len, rows)), sum(ids.count(tokenizer.unk_id) for ids in rows)
-    said = []
+    cut, longest = sum(len(ids) > most for ids in rows), max(map(len, rows), default=0)
+    tokens, unknown = sum(map(len, rows)), sum(ids.count(start.text_tokenizer.unk_id) for ids in rows)
     if cut > MOST_CUT * len(rows):
-        said.append(
+        found.append(
             f"{cut / len(rows):.0%} of the texts are cut at model.max_text={most + 2} tokens; the longest needs "
             f"model.max_text={longest + 2}"
         )
     if unknown > MOST_UNKNOWN * tokens:
-        said.append(
+        found.append(
             f"{unknown / tokens:.1%} of the tokens in these texts are not in the vocabulary of {recipe.init}, "
             "which was made of other texts"
         )
-    return "\n".join(said)
+    return found
 
 
 def _knows_world(start: Pretrained | Finetuned) -> bool:
