@@ -14,7 +14,6 @@ from vlmoe.config import FinetuneRecipe, UserError
 from vlmoe.data.check_recipe import MOST_CUT, MOST_UNKNOWN
 from vlmoe.data.downstream.example import Examples
 from vlmoe.data.downstream.loader import EvalData, TrainData, count_of, open_split, splits_of
-from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.tasks.answer import answer_all
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.downstream import Downstream
