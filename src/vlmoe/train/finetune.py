@@ -99,10 +99,10 @@ def warnings_of(recipe: FinetuneRecipe, start: Pretrained | Finetuned, examples:
     truths = [examples.truth(i) for i in range(min(len(examples), LOOKED_AT))]
     written = recipe.task in {"retrieval", "caption"}  # the references are texts to read; vqa's are answers to choose
     texts = [text for e in truths for text in (e.references if written else (e.text, e.text_pair)) if text]
-    rows = [ids for ids, _ in start.text_tokenizer.encode_batch(texts)]
+    unk, rows = start.text_tokenizer.unk_id, [ids for ids, _ in start.text_tokenizer.encode_batch(texts)]
     most = recipe.model.max_text - 2  # beside start and end
     cut, longest = sum(len(ids) > most for ids in rows), max(map(len, rows), default=0)
-    tokens, unknown = sum(map(len, rows)), sum(ids.count(start.text_tokenizer.unk_id) for ids in rows)
+    tokens, unknown = sum(map(len, rows)), sum(i == unk for ids in rows for i in ids)
     if cut > MOST_CUT * len(rows):
         found.append(
             f"{cut / len(rows):.0%} of the texts are cut at model.max_text={most + 2} tokens; the longest needs "
