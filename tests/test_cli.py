@@ -131,7 +131,47 @@ def test_mistakes_are_one_clear_line(
         assert "none: no such folder" in error_of(monkeypatch, capsys, "eval", str(tmp_path / "none"), *words)
     assert "none: no such folder" in error_of(monkeypatch, capsys, "seal", str(tmp_path / "none"))
     assert "no overrides: --samples 64" in error_of(monkeypatch, capsys, "eval", str(tmp_path), "eval.samples=64")
+    several = ("eval", str(tmp_path), "vqa", "eval.batch=8", "train.steps=1")
+    assert "no overrides: --batch 8" in error_of(monkeypatch, capsys, *several)
+    assert "takes one run and one task" in error_of(monkeypatch, capsys, "eval", str(tmp_path), "vqa", "nlvr2")
     assert "no overrides: the recipe is" in error_of(monkeypatch, capsys, "eval", str(tmp_path), "train.steps=64")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "no/run"],
+        ["report", "no/run"],
+        ["report", ".", "--compare", "no/run"],
+        ["predict", "no/run", "vqa"],
+        ["seal", "no/run"],
+        ["finetune", "vqa", "world", "--init", "no/run"],
+        ["finetune", "vqa", "no/run"],
+        ["plan", "--flops", "1e12", "--memory", "1GB", "--study", "no/run"],
+        ["data", "check", "no/run"],
+        ["data", "show", "no/run"],
+        ["pretrain", "no/run"],
+        ["pretrain", "demo", "init=no/run", "run.dir=here"],
+        ["pretrain", "demo", "branch_from=no/run", "run.dir=here"],
+        ["pretrain", "demo", "data.visual_tokenizer.path=no/run", "run.dir=here"],
+        ["study", "no/run"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_is_missing_is_called_missing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = error_of(monkeypatch, capsys, *words)
+    assert "no/run" in error and ("no such folder" in error or "no such file or folder" in error)
+
+
+def test_a_folder_goes_before_a_packaged_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "icons").mkdir()
+    (tmp_path / "icons" / "a.png").write_bytes(b"no image")
+    result = CliRunner().invoke(app, ["data", "check", "icons", "--kind", "image"])
+    assert result.exit_code == 1 and "icons (folder, image)" in result.output
 
 
 def test_a_recipe_that_does_not_match_the_run_is_refused(

@@ -61,14 +61,17 @@ def new(
     ] = "",
     shards: Annotated[str, typer.Option(metavar="PATTERN", help="WebDataset shards: 'data/{000..017}.tar'.")] = "",
     parquet: Annotated[str, typer.Option(metavar="FILE", help="A parquet file, a pattern or a folder of them.")] = "",
+    arrow: Annotated[
+        str, typer.Option(metavar="DIR", help="A Hugging Face data set's split, as save_to_disk writes it.")
+    ] = "",
     out: Annotated[Path, typer.Option(parser=path, help="The recipe to write; must not be there yet.")] = Path(
         "recipe.yaml"
     ),
     kind: Annotated[str, typer.Option(help="pair or image; auto: pairs where there are captions.")] = "auto",
     minutes: Annotated[float, typer.Option(min=0.1, help="That the training may take, about.")] = 30,
-    image_column: Annotated[str, typer.Option(help="Of parquet: the images' column.")] = "image",
+    image_column: Annotated[str, typer.Option(help="Of parquet and arrow: the images' column.")] = "image",
     text_column: Annotated[
-        str, typer.Option(help="Of parquet, tables and .json members: where captions are.")
+        str, typer.Option(help="Of parquet, arrow, tables and .json members: where captions are.")
     ] = "text",
 ) -> None:
     """A recipe for your own images and captions: looks at the data, chooses sizes that fit them and this machine.
@@ -78,9 +81,12 @@ def new(
     from vlmoe.data.survey import survey
     from vlmoe.study.new import describe, new_recipe, refuse_to_overwrite
 
-    given = [(type_, where) for type_, where in (("folder", images), ("shards", shards), ("parquet", parquet)) if where]
+    options = {"folder": images, "shards": shards, "parquet": parquet, "arrow": arrow}
+    given = [(type_, where) for type_, where in options.items() if where]
     if len(given) != 1:
-        raise UserError("wanted one of --images DIR, --shards PATTERN and --parquet FILE: vlmoe new --images my/photos")
+        raise UserError(
+            "wanted one of --images DIR, --shards PATTERN, --parquet FILE and --arrow DIR: vlmoe new --images my/photos"
+        )
     ((type_, where),) = given
     refuse_to_overwrite(out)
     found = survey(type_, home(where), kind, image_column, text_column, progress=sys.stdout.isatty())
@@ -164,6 +170,7 @@ def evaluate(
     task: Annotated[
         str | None, typer.Argument(metavar="[TASK]", help="What a fine-tuned run must be fine-tuned for.")
     ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # are refused, in words
     device: Device = "auto",
     samples: Annotated[
         int | None, typer.Option(min=1, help="Held-out samples of each split; default: the recipe's.")
@@ -188,11 +195,14 @@ def evaluate(
     from vlmoe.tasks.export import Finetuned, is_finetuned
     from vlmoe.train.kept import load_step
 
-    if task is not None and "=" in task:
-        key, _, value = task.partition("=")
-        option = {"eval.samples": "--samples", "eval.batch": "--batch", "data.workers": "--workers"}.get(key)
-        hint = f"{option} {value}" if option else "the recipe is the run's own, see its recipe.yaml"
-        raise UserError(f"'{task}': vlmoe eval takes no overrides: {hint}")
+    for word in (task or "", *(overrides or ())):
+        if "=" in word:
+            key, _, value = word.partition("=")
+            option = {"eval.samples": "--samples", "eval.batch": "--batch", "data.workers": "--workers"}.get(key)
+            hint = f"{option} {value}" if option else "the recipe is the run's own, see its recipe.yaml"
+            raise UserError(f"'{word}': vlmoe eval takes no overrides: {hint}")
+    if overrides:
+        raise UserError(f"'{overrides[0]}': vlmoe eval takes one run and one task")
     kept = None if step is None else load_step(run, step, pick_device(device, "--device"))
     tag = "" if kept is None else f"-step-{step}"
     if isinstance(kept, Finetuned) or (kept is None and (task is not None or is_finetuned(run))):
@@ -468,7 +478,9 @@ def data_check(
     """
     from vlmoe.data.check import check_data, print_check
 
-    if path in recipe_names() or path.endswith((".yaml", ".yml")) or (Path(home(path)) / "recipe.yaml").is_file():
+    folder = Path(home(path))
+    named = path in recipe_names() and (overrides or not folder.is_dir())  # a folder here goes before a packaged recipe
+    if named or path.endswith((".yaml", ".yml")) or (folder / "recipe.yaml").is_file():
         from vlmoe.data.check_recipe import check_recipe, print_recipe_check
 
         found = check_recipe(load_recipe(path, overrides), samples=samples, progress=not as_json)

@@ -1,13 +1,16 @@
 """The data of a recipe as a whole: counts made by hand on small files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.data.test_files import png
+from tests.data.test_near import icons
 from vlmoe.cli import app
 from vlmoe.config import Recipe, from_mapping, to_yaml
 from vlmoe.data.check_recipe import check_recipe
@@ -54,7 +57,8 @@ def test_a_recipes_data_are_counted_source_by_source(tmp_path: Path) -> None:
     assert first["same_images"] == pytest.approx(2 / 42)
     assert second["same_captions"] == pytest.approx(0.9)
     assert (first["unknown"], second["unknown"]) == (0, 0)
-    assert report["held_out"] == {"pair": {"samples": 40, "captions": 1 / 40, "images": 2 / 40}}
+    held = report["held_out"]["pair"]
+    assert (held["samples"], held["captions"], held["images"]) == (40, 1 / 40, 2 / 40)
     said = "\n".join(report["problems"])
     for words in (
         "each sample is shown 42 times", "100% of the texts are cut at model.max_text = 12", "90% of the captions",
@@ -63,6 +67,38 @@ def test_a_recipes_data_are_counted_source_by_source(tmp_path: Path) -> None:
         assert words in said
     assert "/a:" not in said  # the first source is sound
     json.dumps(report)
+
+
+def test_images_nearly_the_same_are_told_apart_from_copies(tmp_path: Path) -> None:
+    """Icons: one is in training twice, once as JPEG; another as JPEG among what is held out."""
+    for name, first, last, again in (("a", 0, 40, 3), ("v", 50, 90, 7)):
+        folder = tmp_path / name
+        folder.mkdir()
+        images = icons(90)
+        for i in range(first, last):
+            Image.fromarray(images[i]).save(folder / f"{i}.png")
+        Image.fromarray(images[again]).save(folder / "again.jpg", quality=70)
+        for file in [*folder.iterdir()]:
+            file.with_suffix(".txt").write_text(f"picture {file.stem}")
+    (tmp_path / "more").mkdir()
+    recipe = plan(tmp_path / "more")
+    recipe.model.image_size, recipe.model.patch = 48, 8
+    recipe.data.sources = [
+        replace(recipe.data.sources[0], path=str(tmp_path / n), held_out=h) for n, h in (("a", 0), ("v", 1))
+    ]
+    report = check_recipe(recipe)
+    row, held = report["sources"][0], report["held_out"]["pair"]
+    assert (row["same_images"], row["near_images"], set(row["near"])) == (0, 1 / 41, {"3.png", "again.jpg"})
+    assert (held["images"], held["near_images"], held["near"]) == (0, 1 / 41, ["again.jpg", "7.png"])
+    assert any("2.4% of its different images are nearly the same as one in training, as again.jpg" in line
+               for line in report["problems"])  # fmt: skip
+
+
+def test_names_may_occur_often(tmp_path: Path) -> None:
+    recipe = plan(tmp_path)
+    assert any("of the captions occurred before" in line for line in check_recipe(recipe)["problems"])
+    recipe.data.masking.pair_text = 1
+    assert not any("of the captions occurred before" in line for line in check_recipe(recipe)["problems"])
 
 
 def test_bad_samples_and_few_held_out_ones_are_problems(tmp_path: Path) -> None:

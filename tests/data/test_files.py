@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,25 @@ def test_folder_with_a_table(tmp_path: Path) -> None:
         (tmp_path / "metadata.jsonl").write_text(line)
         with pytest.raises(UserError, match=reason):
             read("folder", "pair", tmp_path)
+
+
+def test_a_tables_column_of_captions_is_found_or_missed(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "metadata.csv").write_text("file_name,caption,place\na.png,a cat,here\n")
+    options = FileOptions("pair", str(tmp_path), "all", SIZE)
+    source = open_files("folder", options)
+    assert source[0].text == "a cat"
+    assert source.understood() == ["text: column 'caption' of metadata.csv"]
+    named = open_files("folder", replace(options, text_column="place"))
+    assert named[0].text == "here" and not named.understood()
+    with pytest.raises(UserError, match=r"metadata\.csv: no column 'label'; there are file_name, caption, place: name"):
+        open_files("folder", replace(options, text_column="label"))
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "a", "description": "b"}')
+    with pytest.raises(UserError, match="it could be caption or description"):
+        open_files("folder", options)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png"}\n{"file_name": "a.png", "text": "late"}')
+    assert open_files("folder", options)[1].text == "late"  # some lines have none
 
 
 def test_text_lines(tmp_path: Path) -> None:

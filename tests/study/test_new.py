@@ -121,6 +121,19 @@ def test_images_alone_shards_and_parquet(tmp_path: Path) -> None:
     assert (source.kind, source.image_column, source.text_column) == ("pair", "picture", "said")
 
 
+def test_scripts_of_captions_and_what_is_held_out_are_said(tmp_path: Path) -> None:
+    found = survey("folder", str(folder_of(tmp_path / "icons")))
+    assert found.scripts() == {"Latin": 1}
+    _, plan = quick(found, tmp_path / "a.yaml")
+    assert "# Their letters: Latin." in (tmp_path / "a.yaml").read_text()
+    assert plan.data.sources[0].held_out == 0.1  # of few, more
+    found.texts, found.samples = ["ab жж 12", "漢字 かな"], 1_000_000
+    assert found.scripts() == {"Latin": 0.25, "Cyrillic": 0.25, "Han": 0.25, "Hiragana": 0.25}
+    _, plan = quick(found, tmp_path / "b.yaml")
+    assert "# Their letters: 25.0% Latin, 25.0% Cyrillic," in (tmp_path / "b.yaml").read_text()
+    assert plan.data.sources[0].held_out == 0.01
+
+
 def test_large_data_are_looked_at_in_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surveys, "LOOKED_AT", 40)
     found = survey("folder", str(folder_of(tmp_path / "icons", 90)))
@@ -148,6 +161,7 @@ def test_broken_samples_are_counted_and_too_many_refused(tmp_path: Path) -> None
         ([], "wanted one of --images DIR"),
         (["--images", "a", "--shards", "b"], "wanted one of --images DIR"),
         (["--images", "none"], "folder none: no such folder"),
+        (["--arrow", "none"], "arrow none: no such file"),
         (["--images", "empty"], "folder empty: no images"),
         (["--images", "broken"], "broken: no sample of 1 can be used; the first: x.png"),
         (["--images", "broken", "--kind", "video"], "--kind got 'video'"),

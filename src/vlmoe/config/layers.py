@@ -137,6 +137,9 @@ def _read(recipe: str, folder: str, near: Path | None) -> _File:
             raise RecipeError(f"recipe {path}: no such file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {path}: cannot be read: {error}") from None
+    if "/" in recipe:
+        what = "a folder without recipe.yaml" if path.is_dir() else "no such file or folder"
+        raise RecipeError(f"recipe {path}: {what}; wanted a .yaml file, or the folder of a run")
     names = recipe_names(folder)
     close = difflib.get_close_matches(recipe, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -15,6 +16,7 @@ from vlmoe.config import Recipe
 from vlmoe.data.collate import Collator
 from vlmoe.data.loader import HELD_OUT_SEED
 from vlmoe.data.mixture import Schedule
+from vlmoe.data.near import Look, look_at, near
 from vlmoe.data.sample import ENDLESS, KINDS, BadSample, Source
 from vlmoe.data.sources import build_sources, understood_of
 from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
@@ -22,11 +24,13 @@ from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
 MADE = 2000  # samples looked at of a source that makes them without end
 # What is worth a word: shares of texts or tokens, times that a sample is shown.
 MOST_CUT, MOST_UNKNOWN, MOST_SAME, MOST_REPEATS, FEWEST = 0.1, 0.02, 0.05, 40, 30
+MOST_NEAR = 0.01  # of held-out images: a few look nearly the same as another and are not
 
 
 @dataclass
 class _Seen:
-    """What the samples of one source and split are. pictures, captions: digests of the different ones."""
+    """What the samples of one source and split are. captions: digests of the different ones. pictures: likewise, each
+    with its first sample's key. looks: by the same digests; none of a source without end."""
 
     samples: int = 0
     bad: Counter[str] = field(default_factory=Counter)
@@ -35,7 +39,8 @@ class _Seen:
     tokens: int = 0
     unknown: int = 0
     images: int = 0
-    pictures: set[bytes] = field(default_factory=set)
+    pictures: dict[bytes, str] = field(default_factory=dict)
+    looks: dict[bytes, Look] = field(default_factory=dict)
     captions: set[bytes] = field(default_factory=set)
 
 
@@ -51,8 +56,11 @@ def check_recipe(
     samples, `samples`, `stream` (whether it is read as one, so that its samples are not counted), `looked_at`, `bad`,
     `reasons`, `repeats` over the run (None where it never repeats or that is not known), `cut` and
     `unknown` (shares of texts cut at model.max_text, of tokens not in the vocabulary), `same_captions` and
-    `same_images` (shares that occurred before in the source)), `held_out` (kind -> `samples`, `captions` and `images`,
-    the shares of its different ones that occur in training, too), `understood`, and `problems`, the verdict in words.
+    `same_images` (shares that occurred before in the source), `near_images` (share nearly the same as an earlier one,
+    and not the same; None where there is no end of them), `near` (the keys of two such)), `held_out` (kind ->
+    `samples`; `captions` and `images`, the shares of its different ones that occur in training, too; `near_images`, the
+    share nearly the same as one in training, and not the same; `near`), `understood`, and `problems`, the verdict in
+    words.
 
     Raises UserError when a source cannot be opened.
     """
@@ -99,7 +107,11 @@ def _look(source: Source, collator: Collator, most: int | None, progress: bool) 
             seen.captions.add(_digest(ready.sample.text.encode()))
         if ready.sample.image is not None:
             seen.images += 1
-            seen.pictures.add(_digest(ready.sample.image.tobytes()))
+            digest = _digest(ready.sample.image.tobytes())
+            if digest not in seen.pictures:
+                seen.pictures[digest] = ready.sample.key
+                if len(source) < ENDLESS:
+                    seen.looks[digest] = look_at(ready.sample.image)
     return seen
 
 
@@ -108,7 +120,8 @@ def _digest(raw: bytes) -> bytes:
 
 
 def _row(source: Source, seen: _Seen, share: float, draws: float) -> dict[str, Any]:
-    bad = sum(seen.bad.values())
+    bad, keys = sum(seen.bad.values()), list(seen.pictures.values())
+    alike = near(list(seen.looks.values()))
     return {
         "kind": source.kind,
         "name": str(getattr(source, "name", "") or "world"),
@@ -123,6 +136,8 @@ def _row(source: Source, seen: _Seen, share: float, draws: float) -> dict[str, A
         "unknown": _share(seen.unknown, seen.tokens),
         "same_captions": _share(seen.texts - len(seen.captions), seen.texts),
         "same_images": _share(seen.images - len(seen.pictures), seen.images),
+        "near_images": _share(len(alike), seen.images) if seen.looks else None,
+        "near": next(([keys[a], keys[b]] for b, a in sorted(alike.items())), []),
     }
 
 
@@ -132,7 +147,18 @@ def _overlap(held: list[_Seen], trained: list[_Seen]) -> dict[str, Any]:
         mine = {digest for seen in held for digest in getattr(seen, name)}
         theirs = {digest for seen in trained for digest in getattr(seen, name)}
         found[part] = _share(len(mine & theirs), len(mine))
+    known, looked = _looks(trained), _looks(held)
+    others = [look for digest, look in looked.items() if digest not in known]
+    alike = near([look for _, look in others], [look for _, look in known.values()])
+    found["near_images"] = _share(len(alike), len(looked)) if known else None
+    keys = [key for key, _ in known.values()]
+    found["near"] = next(([others[b][0], keys[a]] for b, a in sorted(alike.items())), [])
     return found
+
+
+def _looks(group: list[_Seen]) -> dict[bytes, tuple[str, Look]]:
+    """Key of and look at each different picture."""
+    return {digest: (seen.pictures[digest], look) for seen in group for digest, look in seen.looks.items()}
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -160,9 +186,15 @@ def _problems(report: dict[str, Any], recipe: Recipe) -> list[str]:
             )
         if (row["unknown"] or 0) > MOST_UNKNOWN:
             found.append(f"{where}: {row['unknown']:.1%} of the tokens are not in the text tokenizer's vocabulary")
-        for part in ("captions", "images"):
+        names = recipe.data.masking.pair_text == 1  # captions that are hidden whole: many things have the same
+        for part in ("images",) if names else ("captions", "images"):
             if row["kind"] != "text" and row["samples"] and (row[f"same_{part}"] or 0) > MOST_SAME:
                 found.append(f"{where}: {row[f'same_{part}']:.0%} of the {part} occurred before")
+        if (row["near_images"] or 0) > MOST_SAME:
+            found.append(
+                f"{where}: {row['near_images']:.0%} of the images are nearly the same as an earlier one, as "
+                f"{' and '.join(row['near'])}"
+            )
     for kind, held in report["held_out"].items():
         if held["samples"] < FEWEST:
             found.append(
@@ -171,27 +203,41 @@ def _problems(report: dict[str, Any], recipe: Recipe) -> list[str]:
         part = "captions" if kind == "text" else "images"
         if held[part]:
             found.append(f"held-out {kind}: {held[part]:.1%} of its different {part} are in training, too")
+        if (held["near_images"] or 0) > MOST_NEAR:
+            found.append(
+                f"held-out {kind}: {held['near_images']:.1%} of its different images are nearly the same as one in "
+                f"training, as {' and '.join(held['near'])}"
+            )
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------- for people
+_NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}  # eleven columns in eighty characters
+
+
 def print_recipe_check(report: dict[str, Any], console: Console | None = None) -> None:
     """A report of `check_recipe` as tables and a verdict."""
     console = console or Console()
-    table = Table(title=f"What {report['recipe'] or 'the recipe'} trains on", title_justify="left")
-    for column in ("kind", "source", "share", "samples", "repeats", "bad", "cut", "unknown", "same text", "same image"):
-        table.add_column(column, justify="left" if column in {"kind", "source"} else "right")
-    for row in report["sources"]:
+    table = Table(title=f"What {report['recipe'] or 'the recipe'} trains on", title_justify="left", **_NARROW)
+    shown = ("kind", "share", "samples", "repeats", "bad", "cut", "unknown", "same text", "same image", "near")
+    for column in ("", *shown):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for number, row in enumerate(report["sources"], 1):
         uncounted = ("unknown", "unknown") if row["stream"] else ("endless", "never")
         samples, repeats = uncounted if row["samples"] is None else (f"{row['samples']:,}", f"{row['repeats']:,.1f}")
-        shares = (_percent(row[name]) for name in ("cut", "unknown", "same_captions", "same_images"))
-        table.add_row(row["kind"], row["name"], f"{row['share']:.0%}", samples, repeats, str(row["bad"]), *shares)
+        shares = (_percent(row[name]) for name in ("cut", "unknown", "same_captions", "same_images", "near_images"))
+        first = (str(number), row["kind"], f"{row['share']:.0%}", samples, repeats, f"{row['bad']:,}")
+        table.add_row(*first, *shares)
     console.print(table)
-    held = Table(title="Held out, and how much of it is in training, too", title_justify="left")
-    for column in ("kind", "samples", "texts", "images"):
+    for number, row in enumerate(report["sources"], 1):
+        console.print(f"{number}: {row['name']}", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    held = Table(title="Held out, and how much of it is in training, too", title_justify="left", **_NARROW)
+    for column in ("kind", "samples", "texts", "images", "near"):
         held.add_column(column, justify="left" if column == "kind" else "right")
     for kind, row in report["held_out"].items():
-        held.add_row(kind, f"{row['samples']:,}", _percent(row["captions"]), _percent(row["images"]))
+        shares = (_percent(row[name]) for name in ("captions", "images", "near_images"))
+        held.add_row(kind, f"{row['samples']:,}", *shares)
     console.print(held)
     for line in [*report["understood"], *(f"problem: {line}" for line in report["problems"])]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

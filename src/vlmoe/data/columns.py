@@ -54,7 +54,7 @@ class Columns:
     """The columns of a source's tables. `found`: part (image, text, codes) -> column.
 
     where: what errors call the file. Raises UserError: a column is missing (the message lists those there are), or its
-    type is none of those that are read.
+    type is none of those that are read, or the folder of images is missing.
     """
 
     def __init__(self, schema: pa.Schema, options: FileOptions, where: str) -> None:
@@ -62,6 +62,8 @@ class Columns:
         self.schema = schema
         features = _features(schema)
         self.found: dict[str, Column] = {}
+        if options.images and not Path(options.images).is_dir():
+            raise UserError(f"{where}: images {options.images}: no such folder")
         wanted = {"image": options.image_column} if options.kind != "text" else {}
         if options.kind != "image":
             wanted["text"] = options.text_column

@@ -57,6 +57,7 @@ class ImageFolder(FileSource):
         walk = walk_files(self.folder)
         tables = Tables(self.folder, walk.files, options.text_column) if self.kind == "pair" else None
         listed = tables.captions if tables is not None else {}
+        self.columns = tables.columns if tables is not None else {}
         there = len(walk.files) + walk.ignored.total
         names, other = _sort_out(walk, listed, tables)
         self.names = Packed.of(map(os.fsencode, [*listed, *sorted(names)]))
@@ -71,6 +72,13 @@ class ImageFolder(FileSource):
 
     def account(self) -> Account:
         return self._account
+
+    def understood(self) -> list[str]:
+        return [
+            f"text: column '{column}' of {table}"
+            for table, column in self.columns.items()
+            if column != self.options.text_column
+        ]
 
     def key(self, row: int) -> str:
         return short(self.names[row])

@@ -53,6 +53,13 @@ def decode_image(
     Raises BadSample: not an image of a known format, truncated, corrupt, or more than `max_pixels` by its header (then
     nothing is decoded).
     """
+    return decode_with_size(raw, key, image_size, max_pixels, view, notes)[0]
+
+
+def decode_with_size(
+    raw: bytes, key: str, image_size: int, max_pixels: int, view: View | None = None, notes: list[str] | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `decode_image` returns, and the width and height that the image is stored with. Raises BadSample as it."""
     if not raw:
         raise BadSample(key, "empty image file")
     try:
@@ -64,7 +71,7 @@ def decode_image(
                     raise BadSample(key, f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
                 if min(width, height) < 1:
                     raise BadSample(key, f"image of {width} x {height} pixels")
-                return _square(image, image_size, view, [] if notes is None else notes)
+                return _square(image, image_size, view, [] if notes is None else notes), (width, height)
     except BadSample:
         raise
     except Image.DecompressionBombError:

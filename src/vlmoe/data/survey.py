@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 from rich.progress import track
 
 from vlmoe.config import UserError
 from vlmoe.data.check import reason_class
 from vlmoe.data.files import FileOptions, FileSource, choose_caption
-from vlmoe.data.images import FORMATS, decode_image
+from vlmoe.data.images import decode_with_size
 from vlmoe.data.sample import BadSample
 from vlmoe.data.sources import open_files
 
@@ -22,6 +21,7 @@ LOOKED_AT = 2000  # samples, at most
 _PLACES = 20  # in the data where they stand: parquet is read a row group at a time
 _DECODED = 32  # pixels to which images are resized: a run resizes them anew
 _NO_CAPTION = ("no caption", "empty caption")
+_SCRIPTS = {"CJK": "Han", "FULLWIDTH": "full-width Latin", "HALFWIDTH": "half-width Katakana"}  # others as named
 
 
 @dataclass
@@ -50,6 +50,15 @@ class Survey:
     def words(self) -> list[int]:
         return [len(text.split()) for text in self.texts]
 
+    def scripts(self) -> dict[str, float]:
+        """Script -> its share of the captions' letters, the most frequent first. By Unicode's names of letters, which
+        begin with their script; nothing is guessed of languages that share one."""
+        letters = Counter(letter for text in self.texts for letter in text if letter.isalpha())
+        scripts: Counter[str] = Counter()
+        for letter, count in letters.items():
+            scripts[unicodedata.name(letter, "unnamed").split()[0].partition("-")[0]] += count
+        return {_SCRIPTS.get(name, name.capitalize()): n / letters.total() for name, n in scripts.most_common()}
+
 
 def survey(
     type: str,
@@ -60,8 +69,9 @@ def survey(
     max_pixels: int = 64_000_000,
     progress: bool = False,
 ) -> Survey:
-    """Look at up to `LOOKED_AT` samples of shards, a folder or parquet, each image decoded in full. kind: pair, image,
-    or auto, which takes images alone where no sample has a caption.
+    """Look at up to `LOOKED_AT` samples of shards, a folder, parquet or arrow files, each image decoded in full.
+
+    kind: pair, image, or auto, which takes images alone where no sample has a caption.
 
     Raises UserError when the data cannot be opened, or none of the samples can be used.
     """
@@ -115,9 +125,7 @@ def _sample(source: FileSource, index: int, max_pixels: int) -> tuple[int, str |
     text = choose_caption(parts.captions, key, 0, source.options.turns)[0] if source.kind == "pair" else None
     if parts.image is None:
         raise BadSample(key, "no image")
-    decode_image(parts.image, key, _DECODED, max_pixels)
-    with Image.open(io.BytesIO(parts.image), formats=FORMATS) as image:
-        return min(image.size), text
+    return min(decode_with_size(parts.image, key, _DECODED, max_pixels)[1]), text
 
 
 def quantiles(values: Iterable[float], *shares: float) -> list[int]:

@@ -2,26 +2,29 @@
 metadata.csv.
 
 Each line has "file_name", a path from the table's own folder, and a caption. An image listed twice has both captions.
+Where the default column of captions is not there, the one of a usual name is taken, as of parquet.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlmoe.config import UserError, json_lines
+from vlmoe.data.columns import USUAL
 
 NAMES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")  # of several in a folder the first counts
 
 
 class Tables:
     """captions: image -> caption (a text, a list or whatever stands there), paths from the root, in the tables' order.
-    files: the tables read, likewise.
+    files: the tables read, likewise. columns: each one's column of captions.
 
-    Raises UserError naming file and line.
+    Raises UserError naming file and line, or a table that has no column of captions.
     """
 
     def __init__(self, root: Path, files: list[str], text_column: str) -> None:
@@ -33,11 +36,13 @@ class Tables:
         self.folders = {folder: min(found, key=NAMES.index) for folder, found in sorted(folders.items())}
         self.files = {f"{folder}/{file}".lstrip("/") for folder, file in self.folders.items()}
         self.captions: dict[str, Any] = {}
+        self.columns: dict[str, str] = {}
         for folder, file in self.folders.items():
-            path = root / folder / file
-            for where, entry in csv_lines(path, "file_name") if file.endswith(".csv") else json_lines(path):
-                name = _name(entry, folder, where)
-                old, new = self.captions.get(name), entry.get(text_column)
+            lines = functools.partial(_lines, root, folder, file)
+            column = _column(lines, text_column, root / folder / file)
+            self.columns[f"{folder}/{file}".lstrip("/")] = column
+            for name, entry in lines():
+                old, new = self.captions.get(name), entry.get(column)
                 self.captions[name] = new if old is None else [*_listed(old), *_listed(new)]
 
     def above(self, name: str) -> str | None:
@@ -48,6 +53,31 @@ class Tables:
                 return None
             folder = folder.rpartition("/")[0]
         return folder
+
+
+def _lines(root: Path, folder: str, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(image's path from the root, columns) for each line of a table."""
+    path = root / folder / file
+    for where, entry in csv_lines(path, "file_name") if file.endswith(".csv") else json_lines(path):
+        yield _name(entry, folder, where), entry
+
+
+def _column(lines: Callable[[], Iterator[tuple[str, dict[str, Any]]]], wanted: str, path: Path) -> str:
+    """The column of captions. A name that a recipe gives must be there; the default one may be called otherwise."""
+    first = next(lines(), None)
+    if first is None or wanted in first[1]:
+        return wanted
+    names = dict.fromkeys(name for _, entry in lines() for name in entry)
+    if wanted in names:
+        return wanted
+    usual = [name for name in USUAL["text"] if name in names] if wanted == USUAL["text"][0] else []
+    if len(usual) == 1:
+        return usual[0]
+    could = f"; it could be {' or '.join(usual)}" if usual else ""
+    raise UserError(
+        f"{path}: no column '{wanted}'; there are {', '.join(map(str, names))}{could}: name the captions' column with "
+        "text_column (--text-column), or read the images alone with kind: image (--kind image)"
+    )
 
 
 def _name(entry: dict[str, Any], folder: str, where: str) -> str:

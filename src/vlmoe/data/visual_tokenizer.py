@@ -282,6 +282,8 @@ class VQTokenizer(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> VQTokenizer:
         """Raises UserError naming the file when it is missing, altered or does not fit."""
+        if not folder.exists():
+            raise UserError(f"visual tokenizer in {folder}: no such folder")
         try:
             for name in ("visual.json", "visual.safetensors"):
                 if not (folder / name).is_file():

@@ -86,8 +86,9 @@ def guess_of(tokenizer: TextTokenizer, id: int, part: PartOfWord) -> str:
     return f"-{text}" if continues else f" {text}"
 
 
-def draw(completions: list[Completion], path: Path) -> None:
-    """One row a completion: the picture, the picture with patches hidden and restored, and the sentences."""
+def draw(completions: list[Completion], path: Path, title: str) -> None:
+    """One row a completion: the picture, the picture with patches hidden and restored, and the sentences. title: whose
+    they are."""
     from matplotlib import pyplot as plt  # slow to import, needed here alone
 
     rows = len(completions)
@@ -117,7 +118,7 @@ def draw(completions: list[Completion], path: Path) -> None:
                 for w in item.words
             ]
             y = _write(row[3], y, label, pieces, bold=True)
-    figure.suptitle("Held-out scenes. Filled-in words: blue right, vermilion wrong.", fontsize=11)
+    figure.suptitle(f"{title}: held-out samples. Filled-in words: blue right, vermilion wrong.", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -50,7 +50,7 @@ def evaluate_run(
     report["samples_per_split"] = count  # at most: a split of files may hold fewer
     if "pair" in kinds and recipe.eval.pictures:
         shown = _completions(trained, recipe.eval.pictures, where)
-        draw(shown, tagged(run / PICTURE, tag))
+        draw(shown, tagged(run / PICTURE, tag), run.resolve().name)
         report["completions"] = [
             {"key": c.key} | {view: c.line(view) for view in ("shown", "truth", "seen", "blind")} for c in shown
         ]
@@ -93,6 +93,7 @@ def _completions(trained: Pretrained, count: int, device: torch.device) -> list[
 def print_report(report: dict[str, Any], run: Path, console: Console | None = None, tag: str = "") -> None:
     """The report as tables and sentences, with the places of the files. tag: as of `evaluate_run`."""
     console = console or Console()
+    console.print(f"{run}: scores on held-out data", highlight=False, markup=False)
     pairs = any("text" in scores for scores in report["splits"].values())
     if any("names" in scores for scores in report["splits"].values()):
         console.print(_names_table(report))

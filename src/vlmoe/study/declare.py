@@ -246,6 +246,9 @@ def _read(study: str) -> tuple[str, str]:
     names = study_names()
     close = difflib.get_close_matches(study, names, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
+    if "/" in study:
+        what = "a folder" if path.is_dir() else "no such file or folder"
+        raise StudyError(f"study {study}: {what}; wanted a .yaml file")
     raise StudyError(f"no study '{study}': {hint}packaged studies are {', '.join(names)}; or give a .yaml file's path")
 
 

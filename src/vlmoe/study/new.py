@@ -21,9 +21,11 @@ from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer, train
 
 MOST_BAD = 0.25  # share of samples that cannot be used; beyond it a run would look for good ones in vain
 PASSES = 40  # through the data, where time allows
+HELD_OUT, MOST_HELD_OUT, ENOUGH = 0.01, 0.1, 500  # share that training never sees: more of small data, for a score
 BATCHES = (64, 32, 16, 8, 4)
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 SPELLED = 2048  # vocabulary from which on letters without a token are spelled by bytes: an eighth of the rows at most
+MOST_SCRIPTS = 5  # that are listed
 NAME_WORDS = 3  # captions up to this median length are names: hidden as a whole, they can only be told from the image
 
 
@@ -116,7 +118,8 @@ def new_recipe(
             break
     draft.seconds = (measure or seconds_of_a_step)(recipe, found)
     fits = minutes * 60 / draft.seconds
-    draft.steps = _two_digits(max(50, min(fits, max(200, PASSES * found.samples / draft.batch))))
+    trained = found.samples * (1 - _held_out(found))
+    draft.steps = _two_digits(max(50, min(fits, max(200, PASSES * trained / draft.batch))))
     _load(draft, out)
     try:
         with out.open("x", encoding="utf-8") as file:
@@ -159,6 +162,10 @@ def _draft(found: Survey, machine: Machine, name: str) -> Draft:
     return Draft(
         name, found, machine, size, image_size, patch, max_text, vocabulary, tokens, byte_fallback=byte_fallback
     )
+
+
+def _held_out(found: Survey) -> float:
+    return min(MOST_HELD_OUT, max(HELD_OUT, math.ceil(100 * ENOUGH / found.samples) / 100))
 
 
 def _name(path: str) -> str:
@@ -223,6 +230,8 @@ def as_yaml(draft: Draft, out: Path) -> str:
     rate = 2e-3 * min(1.0, math.sqrt(128 / draft.size.width))
     workers = max(1, min(4, m.cores // 2))
     bad = min(0.5, max(0.01, math.ceil(200 * f.bad_share) / 100))
+    held_out = _held_out(f)
+    said = f", held_out: {held_out}" if held_out != HELD_OUT else ""
     lines = [
         f"# A first recipe for {f.samples:,} {'pairs' if pairs else 'images'}, by vlmoe new.",
         *(f"# {line}" for line in describe(draft)),
@@ -244,7 +253,8 @@ def as_yaml(draft: Draft, out: Path) -> str:
         "  vl_ffn: 0  # " + ("above 0, experts in the top blocks would meet no pair" if pairs else "for pairs alone"),
         "data:",
         "  sources:",
-        f"    - {{type: {f.type}, kind: {draft.kind}, path: {path}{columns}}}",
+        f"    - {{type: {f.type}, kind: {draft.kind}, path: {path}{columns}{said}}}",
+        f"  # held out, never trained on: about {held_out * f.samples:,.0f} samples, for the scores",
         f"  batch: {{{draft.kind}: {draft.batch}}}",
         "  masking:",
         *(
@@ -271,7 +281,7 @@ def as_yaml(draft: Draft, out: Path) -> str:
         f"  lr: {rate:.2g}",
         f"  warmup: {max(10, min(1000, draft.steps // 20))}",
         f"  checkpoint_every: {max(50, draft.steps // 4)}",
-        "eval: {samples: 512}  # held-out samples, one in a hundred of the data at most",
+        "eval: {samples: 512}  # of those held out, at most",
     ]
     return "\n".join(lines) + "\n"
 
@@ -295,11 +305,20 @@ def describe(draft: Draft) -> list[str]:
         *lines,
         f"Captions: median {words[0]} words ({tokens[0]} tokens), at most {words[1]} ({tokens[1]}); {same:.0%} repeat "
         "an earlier one.",
+        f"Their letters: {_scripts(f)}.",
     ]
 
 
 def _letters(draft: Draft) -> str:
     return "unknown letters become bytes" if draft.byte_fallback else f"bytes need 256 rows: not below {SPELLED}"
+
+
+def _scripts(found: Survey) -> str:
+    """ "Latin", or "91% Latin, 9% Greek"; of many the most frequent."""
+    scripts = list(found.scripts().items())
+    if len(scripts) < 2:
+        return scripts[0][0] if scripts else "none"
+    return ", ".join(f"{max(0.001, share):.1%} {name}" for name, share in scripts[:MOST_SCRIPTS])
 
 
 def _median(values: list[int]) -> int:
@@ -313,7 +332,7 @@ def _cut(draft: Draft) -> str:
 def _time(draft: Draft) -> str:
     if not draft.seconds:
         return ""
-    passes = draft.steps * draft.batch / draft.survey.samples
+    passes = draft.steps * draft.batch / (draft.survey.samples * (1 - _held_out(draft.survey)))
     took = draft.steps * draft.seconds
     clock = f"{took / 60:.0f} min" if took >= 90 else f"{took:.0f} s"
     where = "on this GPU" if draft.machine.cuda else f"on these {draft.machine.cores} cores"

@@ -82,6 +82,8 @@ def parse_size(text: str, what: str) -> float:
 
 def read_report(path: Path) -> dict[str, Any]:
     """A study's folder or its JSON. Raises StudyError."""
+    if not path.exists():
+        raise StudyError(f"{path}: no such file or folder; wanted a study's, as `vlmoe study STUDY` makes")
     file = path / REPORT if path.is_dir() else path
     try:
         found = read_json(file, nan=True)

@@ -33,7 +33,9 @@ def branch_off(recipe: Recipe, run_dir: Path, beside: Sequence[str]) -> Path:
     if not (source / checkpoint.STATE).is_file():
         kept = checkpoint.steps_in(source if source.name == CHECKPOINTS else source / CHECKPOINTS)
         listed = f" (there are steps {', '.join(map(str, kept))})" if kept else ""
-        raise UserError(f"branch_from {source}: no checkpoint, wanted RUN/{CHECKPOINTS}/step-N{listed}")
+        there = source.exists() or (source.parent.name == CHECKPOINTS and source.parent.is_dir())
+        what = "no checkpoint" if there else "no such folder"
+        raise UserError(f"branch_from {source}: {what}, wanted RUN/{CHECKPOINTS}/step-N{listed}")
     checkpoint.check_recipe(source, recipe)
     state, other = checkpoint.read_state(source), source.parent.parent
     try:

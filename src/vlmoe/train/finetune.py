@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from vlmoe.config import FinetuneRecipe, UserError
+from vlmoe.data.check_recipe import MOST_CUT, MOST_UNKNOWN
 from vlmoe.data.downstream.example import Examples
 from vlmoe.data.downstream.loader import EvalData, TrainData, count_of, open_split, splits_of
 from vlmoe.tasks.answer import answer_all
@@ -25,6 +26,7 @@ from vlmoe.train.loop import CHECKPOINTS, TrainResult, Validation, pick_device, 
 from vlmoe.train.pretrain import MODEL, TOKENIZERS
 from vlmoe.train.runlog import lock_run
 
+LOOKED_AT = 1000  # examples, for what of their texts is not read
 VALIDATIONS = 10  # in a run, where the recipe does not say
 
 
@@ -73,12 +75,53 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
             + f"; {type(task).main} on {count} of '{first}' picks the best weights",
             highlight=False, markup=False,
         )  # fmt: skip
+        for line in warnings_of(recipe, start, examples):
+            console.print(line, markup=False, highlight=False, soft_wrap=True, style="yellow")
         for part in unseen:
             console.print(f"{recipe.init} has seen no {part}: what reads them starts from random weights", markup=False)
         result = train(recipe, task, TrainData(recipe, examples, collate), run_dir, validation)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL, examples.labels)
     return result
+
+
+def warnings_of(recipe: FinetuneRecipe, start: Pretrained | Finetuned, examples: Examples) -> list[str]:
+    """For people: what of the task's data is strange to the run that it starts from. Of texts in files the first
+    `LOOKED_AT` examples are looked at."""
+    found = []
+    if recipe.data.type == "world" and not recipe.train.scratch and not _knows_world(start):
+        found.append(
+            f"{recipe.init} has never seen the embedded world, which this task asks about: its pictures and many of "
+            "its words are new to the model. For your own questions set data.type=files, see docs/finetune.md"
+        )
+    if recipe.data.type == "world" or "texts" not in READS[recipe.task]:
+        return found
+    truths = [examples.truth(i) for i in range(min(len(examples), LOOKED_AT))]
+    written = recipe.task in {"retrieval", "caption"}  # the references are texts to read; vqa's are answers to choose
+    texts = [text for e in truths for text in (e.references if written else (e.text, e.text_pair)) if text]
+    unk, rows = start.text_tokenizer.unk_id, [ids for ids, _ in start.text_tokenizer.encode_batch(texts)]
+    most = recipe.model.max_text - 2  # beside start and end
+    cut, longest = sum(len(ids) > most for ids in rows), max(map(len, rows), default=0)
+    tokens, unknown = sum(map(len, rows)), sum(i == unk for ids in rows for i in ids)
+    if cut > MOST_CUT * len(rows):
+        found.append(
+            f"{cut / len(rows):.0%} of the texts are cut at model.max_text={most + 2} tokens; the longest needs "
+            f"model.max_text={longest + 2}"
+        )
+    if unknown > MOST_UNKNOWN * tokens:
+        found.append(
+            f"{unknown / tokens:.1%} of the tokens in these texts are not in the vocabulary of {recipe.init}, "
+            "which was made of other texts"
+        )
+    return found
+
+
+def _knows_world(start: Pretrained | Finetuned) -> bool:
+    """Whether a run has seen the embedded world; of a fine-tuned one, at least its task."""
+    if isinstance(start, Finetuned):
+        return start.recipe.data.type == "world"
+    batch = vars(start.recipe.data.batch)
+    return any(source.type == "world" and batch[source.kind] for source in start.recipe.data.sources)
 
 
 def _fits(recipe: FinetuneRecipe, start: Pretrained | Finetuned) -> list[str]:

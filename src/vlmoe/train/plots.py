@@ -62,6 +62,7 @@ def plot_curves(run_dir: Path) -> Path | None:
             axis.legend(fontsize=8, frameon=False)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
+    figure.suptitle(run_dir.resolve().name, fontsize=11)
     figure.supxlabel("step", fontsize=10)
     return _save(figure, run_dir / CURVES)
 
@@ -114,6 +115,7 @@ def plot_routing(run_dir: Path) -> Path | None:
     if image is not None:
         label = "load, in even shares (1 = even, 0 = idle)"
         figure.colorbar(image, ax=grid, extend="max", label=label, shrink=0.5, location="right")
+    figure.suptitle(run_dir.resolve().name, fontsize=11)
     return _save(figure, run_dir / ROUTING_PNG)
 
 

@@ -83,8 +83,8 @@ def test_mistakes_are_errors_of_one_line(run: Path, model: Path, tmp_path: Path)
     for words, message in [
         ((), "got neither"),
         ((str(run), *hf, "--texts", str(texts)), "got both"),
-        (("runs/none",), "runs/none: no such run"),
-        ((str(run), "--compare", "runs/none"), "runs/none: no such run"),
+        (("runs/none",), "runs/none: no such folder"),
+        ((str(run), "--compare", "runs/none"), "runs/none: no such folder"),
         ((str(tmp_path / "unfinished"),), "is the run finished"),
         ((str(run), "--texts", str(texts)), "--texts: goes with --hf"),
         ((str(run), "--samples", "0"), "--samples: expected at least 1"),

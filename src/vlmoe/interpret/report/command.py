@@ -70,7 +70,7 @@ def _check(
             raise UserError(f"{extra[0]}: goes with --hf; a run is looked at with its own held-out data")
         for folder in (run, compare):
             if folder is not None and not folder.is_dir():
-                raise UserError(f"{folder}: no such run")
+                raise UserError(f"{folder}: no such folder")
         return
     if compare is not None:
         raise UserError("--compare: goes with a run, not with --hf")
