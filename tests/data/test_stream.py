@@ -1,8 +1,9 @@
-"""Shards read as streams: what an epoch holds, what a resumed run sees, what a lost shard costs."""
+"""Shards and parquet files read as streams: what an epoch holds, what a resumed run sees, what a lost shard costs."""
 
 import io
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.data.fakes import FakeSource
 from vlmoe.config import SourceConfig, StreamConfig, UserError
+from vlmoe.data import shards as shards_module
 from vlmoe.data import stream as stream_module
 from vlmoe.data import urls
 from vlmoe.data.files import FileOptions
@@ -25,6 +29,7 @@ from vlmoe.data.rows import rows_of_file
 from vlmoe.data.sample import BadSample, Sample
 from vlmoe.data.shard_index import ShardIndex, scan_shard
 from vlmoe.data.shards import ShardSource
+from vlmoe.data.sources import open_files
 from vlmoe.data.stream import Dealer, StreamSource, held_out_of_stream, shard_weights
 from vlmoe.data.urls import FetchOptions
 
@@ -62,7 +67,11 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def shard(name: str, size: int) -> bytes:
+    """A .tar or a .parquet file, by its name."""
     buffer = io.BytesIO()
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": [f"{name} number {i}" for i in range(size)]}), buffer, row_group_size=5)
+        return buffer.getvalue()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for i in range(size):
             text = f"{name} number {i}".encode()
@@ -72,9 +81,9 @@ def shard(name: str, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def whole_names(size: int, number: int) -> list[str]:
+def whole_names(size: int, number: int, suffix: str = "tar") -> list[str]:
     """Names of shards of which nothing is held out, so that all are equally long."""
-    names = (f"s{i:03d}.tar" for i in count())
+    names = (f"s{i:03d}.{suffix}" for i in count())
     return list(islice((n for n in names if len(rows_of_file(n, size, "train")) == size), number))
 
 
@@ -87,14 +96,15 @@ def write(sizes: dict[str, int], where: Path | str) -> str:
         else:
             with fsspec.open(f"{where}/{name}", "wb") as file:
                 file.write(shard(name, size))
-    return f"{where}/*.tar"
+    return f"{where}/*.{name.rpartition('.')[2]}"
 
 
 def open_stream(pattern: str, record: Path | None = None, **changes: Any) -> StreamSource:
     """buffer, readers, limit, attempts; other changes are the source's."""
     stream = StreamConfig(readers=changes.pop("readers", READERS), buffer=changes.pop("buffer", 10))
     fetch = FetchOptions("", changes.pop("limit", 10**9), changes.pop("attempts", 3))
-    config = SourceConfig("shards", "text", pattern, **({"read": "stream"} | changes))
+    type = "parquet" if pattern.endswith(".parquet") else "shards"
+    config = SourceConfig(type, "text", pattern, **({"read": "stream"} | changes))
     return StreamSource(FileOptions("text", pattern, fetch=fetch), config, stream, 5, 0, record)
 
 
@@ -105,7 +115,13 @@ def keys_of(source: StreamSource, start: int, stop: int, batch: int = 4) -> list
 
 
 def trained_on(sizes: dict[str, int]) -> list[str]:
-    return sorted(f"{name}/{i:04d}" for name, size in sizes.items() for i in rows_of_file(name, size, "train").tolist())
+    entry = {name: f"{name}:{{}}" if name.endswith(".parquet") else f"{name}/{{:04d}}" for name in sizes}
+    rows = {name: rows_of_file(name, size, "train").tolist() for name, size in sizes.items()}
+    return sorted(entry[name].format(i) for name in sizes for i in rows[name])
+
+
+def file_of(key: str) -> str:
+    return re.split("[/:]", key)[0]
 
 
 def by_epoch(source: StreamSource, epochs: int) -> list[list[str]]:
@@ -125,9 +141,12 @@ def by_epoch(source: StreamSource, epochs: int) -> list[list[str]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- epochs
-@pytest.mark.parametrize(("readers", "buffer"), [(1, 1000), (4, 5), (3, 64), (8, 1)])
-def test_every_epoch_holds_every_sample_once(tmp_path: Path, readers: int, buffer: int) -> None:
-    sizes = {"a.tar": 31, "b.tar": 7, "c.tar": 0, "d.tar": 120, "e.tar": 1}
+@pytest.mark.parametrize(
+    ("readers", "buffer", "suffix"),
+    [(1, 1000, "tar"), (4, 5, "tar"), (3, 64, "tar"), (8, 1, "tar"), (3, 64, "parquet"), (8, 5, "parquet")],
+)
+def test_every_epoch_holds_every_sample_once(tmp_path: Path, readers: int, buffer: int, suffix: str) -> None:
+    sizes = {f"a.{suffix}": 31, f"b.{suffix}": 7, f"c.{suffix}": 0, f"d.{suffix}": 120, f"e.{suffix}": 1}
     source = open_stream(write(sizes, tmp_path / "data"), readers=readers, buffer=buffer)
     epochs = by_epoch(source, 4)
     for epoch in epochs:
@@ -136,8 +155,9 @@ def test_every_epoch_holds_every_sample_once(tmp_path: Path, readers: int, buffe
     assert len(trained_on(sizes)) < sum(sizes.values())  # some are held out
 
 
-def test_two_ranks_of_two_workers_read_an_epoch_without_overlap(tmp_path: Path) -> None:
-    sizes = dict.fromkeys(whole_names(12, 8), 12)
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_two_ranks_of_two_workers_read_an_epoch_without_overlap(tmp_path: Path, suffix: str) -> None:
+    sizes = dict.fromkeys(whole_names(12, 8, suffix), 12)
     pattern = write(sizes, tmp_path / "data")
     alone = keys_of(open_stream(pattern), 0, 48)
     # Worker w of rank r has micro-batches r + 2 w, r + 2 w + 4, ...; each process opens the data for itself.
@@ -147,7 +167,7 @@ def test_two_ranks_of_two_workers_read_an_epoch_without_overlap(tmp_path: Path) 
         for worker in range(2):
             source = open_stream(pattern, tmp_path / "run" / "stream")
             mine = {n: keys_of(source, n, n + 1)[0] for n in range(rank + 2 * worker, 48, 4)}
-            shards.append({key.split("/")[0] for n, batch in mine.items() if n < 24 for key in batch})
+            shards.append({file_of(key) for n, batch in mine.items() if n < 24 for key in batch})
             read |= mine
     assert [read[n] for n in range(48)] == alone
     for epoch in (alone[:24], alone[24:]):
@@ -223,8 +243,9 @@ def test_captions_rotate_over_epochs(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
-def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {f"{i:02d}.tar": 8 + i % 3 for i in range(20)}
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, suffix: str) -> None:
+    sizes = {f"{i:02d}.{suffix}": 8 + i % 3 for i in range(20)}
     pattern = write(sizes, "flaky://data")
     alone = keys_of(open_stream(pattern), 0, 80)
     record = tmp_path / "run" / "stream"
@@ -232,10 +253,10 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatc
     for ledger in record.iterdir():
         with ledger.open("a") as file:
             file.write('{"shard": "torn')  # killed while it wrote
-    Flaky.fetched.clear()
     urls_cache = tmp_path / "cache"
     os.rename(urls_cache, tmp_path / "other")  # another machine, with the run's folder
     resumed = open_stream(pattern, record)
+    Flaky.fetched.clear()  # of parquet, the first file, for its columns
     assert keys_of(resumed, 37, 41) == alone[37:41]
     assert sum(Flaky.fetched.values()) <= READERS * 3  # the shards of one block of each reader
     assert keys_of(resumed, 41, 80) == alone[41:]
@@ -293,7 +314,7 @@ def test_a_disk_that_fails_now_and_then_is_read_again(tmp_path: Path, monkeypatc
             raise OSError(5, "Input/output error")
         return scan_shard(descriptor)
 
-    monkeypatch.setattr(stream_module, "scan_shard", scan)
+    monkeypatch.setattr(shards_module, "scan_shard", scan)
     assert sorted(by_epoch(open_stream(pattern), 1)[0]) == trained_on(sizes)
     scans = chain([1], repeat(2))
     with pytest.raises(BadSample, match=r"lost shard: Input/output error \(3 attempts\)"):
@@ -373,6 +394,40 @@ def test_damaged_and_compressed_shards(tmp_path: Path) -> None:
     assert reasons[names[1]] == "lost shard: compressed; a plain .tar file is needed"
 
 
+def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    name = whole_names(15, 1, "parquet")[0]
+    whole = shard(name, 15)
+    about = pq.read_metadata(io.BytesIO(whole)).row_group(1).column(0)
+    start = about.dictionary_page_offset or about.data_page_offset
+    broken = whole[:start] + b"\xff" * about.total_compressed_size + whole[start + about.total_compressed_size :]
+    (tmp_path / "data" / name).write_bytes(broken)
+    source = open_stream(str(tmp_path / "data" / name), readers=1)
+    good, bad = set(), set()
+    for k in range(15):
+        try:
+            good.add(source[k].text)
+        except BadSample as error:
+            assert error.reason.startswith("cannot be read: row group 1: ")
+            bad.add(error.key)
+    assert bad == {f"{name}:{i}" for i in range(5, 10)}
+    assert good == {f"{name} number {i}" for i in (*range(5), *range(10, 15))}
+
+
+def test_parquet_files_of_a_stream_have_the_same_columns(tmp_path: Path) -> None:
+    names = whole_names(12, 6, "parquet")
+    pattern = write(dict.fromkeys(names, 12), tmp_path / "data")
+    assert open_stream(pattern).understood() == ["text: column 'text', a text"]
+    pq.write_table(pa.table({"words": ["a"] * 12}), tmp_path / "data" / names[3])
+    with pytest.raises(UserError, match=rf"parquet .*{names[3]}: no column 'text'; there are words"):
+        by_epoch(open_stream(pattern), 1)
+    (tmp_path / "data" / names[3]).write_bytes(b"PAR1")
+    assert by_epoch(open_stream(pattern), 1)[0].count("lost") == 1
+    (tmp_path / "data" / names[0]).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"parquet .*{names[0]}: cannot be read"):
+        open_stream(pattern)
+
+
 def test_data_without_samples_are_refused(tmp_path: Path) -> None:
     source = open_stream(write({"a.tar": 0, "b.tar": 0}, tmp_path / "data"))
     with pytest.raises(UserError, match="no text samples to train on"):
@@ -417,15 +472,20 @@ def test_dealing_never_overlaps() -> None:
             assert sorted(s for e, s in dealt if e == epoch) == list(range(shards))
 
 
-def test_samples_come_with_images_as_random_access_gives_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("type", ["shards", "parquet"])
+def test_samples_come_with_images_as_random_access_gives_them(tmp_path: Path, type: str) -> None:
     from tests.data.test_files import SIZE, pairs, write_tar
-    from vlmoe.data.shards import ShardSource
+    from tests.data.test_tables import hub_table
 
-    write_tar(tmp_path / "a.tar", pairs(0, 30))
-    options = FileOptions("pair", str(tmp_path / "a.tar"), "train", SIZE)
-    whole = ShardSource(FileOptions("pair", options.path, "all", SIZE))
+    path = tmp_path / ("a.tar" if type == "shards" else "a.parquet")
+    if type == "shards":
+        write_tar(path, pairs(0, 30))
+    else:
+        pq.write_table(hub_table(0, 30), path, row_group_size=7)
+    options = FileOptions("pair", str(path), "train", SIZE)
+    whole = open_files(type, FileOptions("pair", options.path, "all", SIZE))
     random = {sample.key: sample for sample in (whole[i] for i in range(30))}
-    config = SourceConfig("shards", "pair", options.path, read="stream")
+    config = SourceConfig(type, "pair", options.path, read="stream")
     source = StreamSource(options, config, StreamConfig(readers=2, buffer=8), 0, 0)
 
     def same(one: Sample, two: Sample) -> bool:

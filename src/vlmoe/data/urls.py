@@ -10,13 +10,15 @@ from __future__ import annotations
 import fcntl
 import glob
 import hashlib
+import io
 import os
 import posixpath
 import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +27,14 @@ from typing import Any, TypeVar
 import fsspec
 
 from vlmoe.config import UserError
+from vlmoe.data.accounts import short, shown_below
 
 PIPE, ALLOW_PIPE = "pipe:", "VLMOE_ALLOW_PIPE"
 LONGEST_PAUSE = 60.0  # seconds between two attempts; the first pause takes one, each further one twice as long
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _LEFT_BEHIND = 86_400  # seconds after which an unfinished download is nobody's any more
 _SURE = (FileNotFoundError, PermissionError)  # of a local file
+_OPEN = 128  # files kept open, of each list
 _QUIET = 60  # seconds without a byte after which an HTTP connection has failed
 
 T = TypeVar("T")
@@ -72,6 +76,16 @@ def without_query(name: str) -> str:
     return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", name, maxsplit=1)[0])
 
 
+def shown_names(names: Sequence[str]) -> list[str]:
+    """How files are called in keys: by their file's name, where two share one by more of it."""
+    if not any(map(is_url, names)):
+        return shown_below([Path(name) for name in names])
+    files = [file_name(name) for name in names]
+    if len(set(files)) < len(files):
+        files = [without_query(name) for name in names]
+    return [short(os.fsencode(name)) for name in files]
+
+
 def expand_url(name: str, suffix: str, attempts: int = FetchOptions.attempts) -> list[str]:
     """The URLs that one with wildcards, or a folder's, stands for, in order; any other stands for itself.
 
@@ -109,8 +123,33 @@ class OpenFile:
     def size(self) -> int:
         return os.fstat(self.descriptor).st_size
 
+    def reader(self) -> io.RawIOBase:
+        """What reads it by a position of its own."""
+        return _Reading(self)
+
     def __del__(self) -> None:
         os.close(self.descriptor)
+
+
+class _Reading(io.RawIOBase):
+    def __init__(self, file: OpenFile) -> None:
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._file.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        found = os.preadv(self._file.descriptor, [buffer], self._at)
+        self._at += found
+        return found
 
 
 class Files:
@@ -129,11 +168,15 @@ class Files:
             return persist(lambda: OpenFile(os.open(name, os.O_RDONLY)), self.options.attempts, _SURE)
         return persist(lambda: OpenFile(self._open(name)), self.options.attempts)
 
+    def made_folder(self) -> Path:
+        """The folder, which is there now."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder
+
     def _open(self, url: str) -> int:
         bring, identity = _piped(url) if url.startswith(PIPE) else _remote(url)
         digest = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
-        place = self.folder / f"{digest}.file"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.made_folder() / f"{digest}.file"
         with self._lock(digest[:2]):  # of several processes that want the same file one brings it
             with suppress(FileNotFoundError):
                 descriptor = os.open(place, os.O_RDONLY)
@@ -174,6 +217,50 @@ class Files:
         with open(self.folder / f"{name}.lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+class FileList:
+    """Files of a list, by their numbers; those used last stay open. what: what errors call one of them."""
+
+    def __init__(self, names: Sequence[str], options: FetchOptions, what: str) -> None:
+        self.names, self.files, self.what = names, Files(options), what
+        self._open: OrderedDict[int, OpenFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> OpenFile:
+        """Raises FetchError, UserError."""
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            self._open[number] = self.files.open(self.names[number])
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        return self._open[number]
+
+    def bring(self, bounded: bool = True) -> Iterator[OpenFile]:
+        """All of them, one after the other, so that they are at hand. bounded: those of URLs must fit the limit.
+
+        Raises UserError.
+        """
+        size, limit = 0, self.files.options.limit
+        for number, name in enumerate(self.names):
+            try:
+                file = self[number]
+            except FetchError as error:
+                raise UserError(f"{self.what} {without_query(name)}: cannot be read: {error}") from None
+            size += file.size if is_url(name) else 0
+            if bounded and size > limit:
+                raise UserError(
+                    f"{self.what} {without_query(name)}: {number + 1} of {len(self)} have {size / 1e9:.3g} GB already, "
+                    f"more than data.stream.cache_gb = {limit / 1e9:g}, and random access needs all of them: read "
+                    "them with `read: stream`, or set it higher"
+                )
+            yield file
 
 
 class Ahead(threading.Thread):
