@@ -23,10 +23,11 @@ from vlmoe.config import UserError
 from vlmoe.data.accounts import Account, account_of_files
 from vlmoe.data.columns import Columns
 from vlmoe.data.counter import hash64, shuffled
+from vlmoe.data.fetch import FileList, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, chosen_rows, hash_entries, is_held_out, split_rows
 from vlmoe.data.sample import BadSample
 from vlmoe.data.table_files import expand_tables, roots_of
-from vlmoe.data.urls import FetchError, FileList, OpenFile, file_name, persist, shown_names, without_query
+from vlmoe.data.urls import FetchError, file_name, persist, shown_names, without_query
 
 WINDOW_BYTES = 1 << 28  # of decoded row groups kept in memory, in each worker; one group is kept whatever its size
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from vlmoe.config import UserError
 from vlmoe.data.accounts import Account, account_of_files, short
+from vlmoe.data.fetch import FileList, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, decode_codes, decode_json, decode_text
 from vlmoe.data.members import PARTS
 from vlmoe.data.rows import SplitRows
@@ -25,8 +26,6 @@ from vlmoe.data.sample import BadSample
 from vlmoe.data.shard_index import MAX_PART_BYTES, Indexes, ShardIndex, index_shards, scan_shard
 from vlmoe.data.urls import (
     FetchError,
-    FileList,
-    OpenFile,
     expand_url,
     file_name,
     is_url,

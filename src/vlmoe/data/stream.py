@@ -42,6 +42,7 @@ import numpy as np
 
 from vlmoe.config import SourceConfig, StreamConfig, UserError
 from vlmoe.data.counter import hash64, shuffled
+from vlmoe.data.fetch import Ahead, Files, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, choose_caption, make_sample
 from vlmoe.data.ledger import Ledger, Turn
 from vlmoe.data.parquet import OpenTable, ParquetSource, columns_of
@@ -49,7 +50,7 @@ from vlmoe.data.rows import rows_of_file
 from vlmoe.data.sample import ENDLESS, BadSample, Sample
 from vlmoe.data.shards import OpenShard, ShardSource, expand_shards
 from vlmoe.data.table_files import expand_tables
-from vlmoe.data.urls import Ahead, FetchError, Files, OpenFile, file_name, is_url, persist, shown_names, without_query
+from vlmoe.data.urls import FetchError, file_name, is_url, persist, shown_names, without_query
 
 LOST_IN_A_ROW = 8  # shards that a reader may lose one after the other
 FEW = 64  # samples of a block that may all be bad
