@@ -156,7 +156,7 @@ def theirs_webdataset(urls: str, size: int, samples: int, workers: int, folder: 
         webdataset.WebDataset(urls, shardshuffle=SHARDS, seed=0, empty_check=False)
         .shuffle(BUFFER, initial=BUFFER)
         .to_tuple("jpg", "txt")
-        .map(lambda pair: decoded(*pair, size))
+        .map(lambda pair: decoded(pair[0], pair[1], size))
         .batched(BATCH, collation_fn=stack)
     )
     return webdataset.WebLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4)

@@ -2,12 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, count, islice, repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +36,7 @@ from vlmoe.data.stream import Dealer, StreamSource, held_out_of_stream, shard_we
 from vlmoe.data.urls import FetchOptions
 
 READERS = 4
+FORK = multiprocessing.get_context("fork")
 
 
 class Flaky(MemoryFileSystem):
@@ -130,7 +133,7 @@ def by_epoch(source: StreamSource, epochs: int) -> list[list[str]]:
     for number in range(source.readers):
         reader = source.reader(number)
         for k in count():
-            epoch, _ = source.dealer.deal(number, reader.locate(k)[0])
+            epoch = source.dealer.epoch(number, reader.locate(k)[0])
             if epoch >= epochs:
                 break
             try:
@@ -263,13 +266,42 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, suffix: st
     assert keys_of(open_stream(pattern), 37, 80) == alone[37:]  # without the ledger: longer, to the same end
 
 
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_killed_processes_leave_an_epoch_whole(tmp_path: Path, suffix: str) -> None:
+    sizes = dict.fromkeys(whole_names(12, 8, suffix), 12)
+    pattern, record = write(sizes, tmp_path / "data"), tmp_path / "run" / "stream"
+    read: dict[int, list[str]] = {}
+    # Two ranks of two workers are killed while they read; two of one go on, and others of them, until the second epoch.
+    for start, stop, processes in ((0, 13, 4), (13, 29, 2), (29, 48, 3)):
+        for number in range(processes):
+            mine = range(start + number, 48, processes)
+            here, there = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=_send_batches, args=(pattern, record, mine, there))
+            process.start()
+            for n in mine:
+                if n >= stop:
+                    break
+                read[n] = here.recv()
+            process.kill()
+            process.join()
+    assert [read[n] for n in range(48)] == keys_of(open_stream(pattern), 0, 48)
+    for epoch in (range(24), range(24, 48)):
+        assert sorted(chain(*(read[n] for n in epoch))) == trained_on(sizes)
+
+
+def _send_batches(pattern: str, record: Path, numbers: range, to: Connection) -> None:
+    source = open_stream(pattern, record)
+    for n in numbers:
+        to.send(keys_of(source, n, n + 1)[0])
+
+
 def test_processes_that_keep_one_ledger_agree(tmp_path: Path) -> None:
     sizes = dict.fromkeys(whole_names(6, 10), 6)
     pattern = write(sizes, "flaky://data")
     record = tmp_path / "run"
     one, two = open_stream(pattern, record, attempts=1), open_stream(pattern, record, attempts=1)
     keys_of(two, 0, 1)
-    lost = one.shards[one.dealer.deal(0, 2)[1]].rsplit("/", 1)[-1]
+    lost = one.shards[one.dealer.deal(0, 2)].rsplit("/", 1)[-1]
     for name in sizes:
         Flaky.failing[name] = 10**6 if name == lost else 0
     (tmp_path / "cache" / "vlmoe").rename(tmp_path / "gone")
@@ -325,7 +357,7 @@ def test_a_lost_shard_is_reported_with_its_size_and_read_in_the_next_epoch(tmp_p
     names = whole_names(12, 8)
     pattern = write(dict.fromkeys(names, 12), "flaky://data")
     source = open_stream(pattern, tmp_path / "run")
-    name = source.shown[source.dealer.deal(1, 1)[1]]
+    name = source.shown[source.dealer.deal(1, 1)]
     Flaky.failing[name] = 10**6
     mixture = Mixture([(source, 1.0)], 5, batch=4)
     bad: list[tuple[str, str]] = []
@@ -365,7 +397,7 @@ def test_a_shard_that_vanishes_after_it_was_counted_moves_nothing(tmp_path: Path
     pattern = write(sizes, tmp_path / "data")
     source = open_stream(pattern, tmp_path / "run")
     alone = keys_of(source, 0, 24)
-    name = source.shown[source.dealer.deal(0, 1)[1]]
+    name = source.shown[source.dealer.deal(0, 1)]
     (tmp_path / "data" / name).rename(tmp_path / "elsewhere")
     reader = source.reader(0)
     reader.open.clear()
@@ -441,7 +473,7 @@ def test_resampling_draws_shards_by_weight(tmp_path: Path) -> None:
     pattern = write(sizes, tmp_path / "data")
     weights = {often: 3.0, never: 0.0, "s*": 1.0}
     source = open_stream(pattern, tmp_path / "run", read="resample", shard_weights=weights)
-    dealt = Counter(source.shown[source.dealer.deal(r, t)[1]] for r in range(READERS) for t in range(500))
+    dealt = Counter(source.shown[source.dealer.deal(r, t)] for r in range(READERS) for t in range(500))
     assert dealt[never] == 0
     assert abs(dealt[often] / 2000 - 3 / 5) < 0.05
     drawn = keys_of(source, 0, 40)
@@ -467,7 +499,7 @@ def test_weights_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
 def test_dealing_never_overlaps() -> None:
     for shards, readers in ((1, 1), (5, 8), (40, 8), (33, 4)):
         dealer = Dealer(shards, readers, 3)
-        dealt = [dealer.deal(r, t) for r in range(readers) for t in range(3 * shards)]
+        dealt = [(dealer.epoch(r, t), dealer.deal(r, t)) for r in range(readers) for t in range(3 * shards)]
         for epoch in range(3 * shards * readers // shards - 1):
             assert sorted(s for e, s in dealt if e == epoch) == list(range(shards))
 

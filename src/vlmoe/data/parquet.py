@@ -8,6 +8,7 @@ they are read as a stream, a file's columns are unpacked on disk while its sampl
 
 from __future__ import annotations
 
+import functools
 import mmap
 import tempfile
 from collections import OrderedDict
@@ -179,8 +180,9 @@ class OpenTable:
             self.damage: dict[int, str] = {}  # row group -> why it cannot be read
             with pa.ipc.new_stream(out, schema) as writer:
                 for group in range(len(rows)):
+                    read = functools.partial(parquet.read_row_group, group, names, use_threads=False)
                     try:
-                        table = persist(lambda g=group: parquet.read_row_group(g, names), options.fetch.attempts)
+                        table = persist(read, options.fetch.attempts)
                     except FetchError as error:
                         self.damage[group] = str(error)
                     else:

@@ -33,7 +33,7 @@ import fnmatch
 import hashlib
 import multiprocessing
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,14 +67,18 @@ class Dealer:
     key: int
     until: np.ndarray | None = None
 
-    def deal(self, reader: int, turn: int) -> tuple[int, int]:
-        """(epoch, shard); resampling knows one epoch, which never ends."""
+    def epoch(self, reader: int, turn: int) -> int:
+        """Resampling knows one, which never ends."""
+        return (reader + turn * self.readers) // self.shards if self.until is None else 0
+
+    def deal(self, reader: int, turn: int) -> int:
+        """The shard."""
         if self.until is None:
             epoch, place = divmod(reader + turn * self.readers, self.shards)
-            return epoch, shuffled(place, self.shards, hash64("shards", self.key, epoch))
+            return shuffled(place, self.shards, hash64("shards", self.key, epoch))
         most = np.nextafter(self.until[-1], 0)
         drawn = min((hash64("draw", self.key, reader, turn) >> 11) / 2**53 * self.until[-1], most)
-        return 0, int(np.searchsorted(self.until, drawn, side="right"))
+        return int(np.searchsorted(self.until, drawn, side="right"))
 
 
 class Shard(Protocol):
@@ -165,7 +169,7 @@ class Reader:
                 del self.open[n]
 
     def _look(self, number: int) -> Turn:
-        _, shard = self.source.dealer.deal(self.number, number)
+        shard = self.source.dealer.deal(self.number, number)
         name = self.source.shown[shard]
         try:
             self.open[number] = self._bring(number)
@@ -175,9 +179,8 @@ class Reader:
 
     def _add(self, turn: Turn) -> None:
         self.ends.append((self.ends[-1] if self.ends else 0) + turn.entries)
-        deal = self.source.dealer.deal
-        epoch, now = deal(self.number, len(self.ends))[0], deal(self.number, len(self.ends) - 1)[0]
-        if epoch != now:
+        epoch = self.source.dealer.epoch
+        if epoch(self.number, len(self.ends)) != epoch(self.number, len(self.ends) - 1):
             self.epochs.append(self.ends[-1])
 
     def _follow(self) -> None:
@@ -220,7 +223,7 @@ class Reader:
         row = int(opened.rows[place])
         key = opened.shard.key(row, about.shard)
         parts = opened.shard.read(row, key, image)
-        epoch = self.source.dealer.deal(self.number, turn)[0]
+        epoch = self.source.dealer.epoch(self.number, turn)
         return parts, key, row + (epoch if self.source.dealer.until is None else turn)
 
     def _opened(self, turn: int, about: Turn) -> Opened:
@@ -241,12 +244,12 @@ class Reader:
         return self.open[turn]
 
     def _bring(self, turn: int) -> Opened:
-        name = self.source.shards[self.source.dealer.deal(self.number, turn)[1]]
+        name = self.source.shards[self.source.dealer.deal(self.number, turn)]
         if self.ahead is not None and self.ahead[0] == turn:
             file = self.ahead[1].take()
         else:
             file = self.source.files.open(name)
-        following = self.source.shards[self.source.dealer.deal(self.number, turn + 1)[1]]
+        following = self.source.shards[self.source.dealer.deal(self.number, turn + 1)]
         worker = multiprocessing.current_process().daemon  # no fork will break a thread of its
         if worker and is_url(following) and (self.ahead is None or self.ahead[0] <= turn):
             self.ahead = turn + 1, Ahead(self.source.files, following)
@@ -352,10 +355,8 @@ def shard_weights(shards: Sequence[str], config: SourceConfig) -> np.ndarray:
 def held_out_of_stream(options: FileOptions, type: str = "shards") -> FileSource:
     """The held-out samples of a stream that are evaluated on, by random access: those of its first shards, so many of
     them as would hold about HELD_OUT_SAMPLES if all were like the first."""
-    if type == "shards":
-        shards, opened = expand_shards(options.path), ShardSource
-    else:
-        shards, opened = expand_tables(options.path, ".parquet"), ParquetSource
+    opened: Callable[[FileOptions, list[str]], FileSource] = ShardSource if type == "shards" else ParquetSource
+    shards = expand_shards(options.path) if type == "shards" else expand_tables(options.path, ".parquet")
     first = opened(options, shards[:1])
     wanted = -(-HELD_OUT_SAMPLES // max(1, len(first)))
     return opened(options, shards[:wanted]) if wanted > 1 else first
