@@ -10,10 +10,11 @@ gives every caption once.
 
 The shards lie on the local disk (in the page cache), on an HTTP server and on an S3 server (moto), both on this machine
 and in processes of their own. The time of a pass begins when the reader is made, so it includes opening the data, an
-index where there is one, downloading, and starting the workers; what vlmoe keeps of files is empty then. webdataset
-brings files of the S3 server by curl, as its own way needs another program. CPU time is that of the main process and
-the workers, curl included, servers not. Readers take turns, so that a busy moment of the machine does not hit one
-alone; figures are medians of the repeats, beside the least and the most.
+index where there is one, downloading, and starting the workers; what vlmoe keeps of files is empty then. From the S3
+server the others read by its public HTTP addresses: webdataset has another program for s3://, and datasets cannot open
+such a .tar file with this s3fs. CPU time is that of the main process and the workers, curl included, servers not.
+Readers take turns, so that a busy moment of the machine does not hit one alone; figures are medians of the repeats,
+beside the least and the most.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def upload(folder: Path) -> None:
     files = s3fs.S3FileSystem()
     files.mkdir(BUCKET)
     for path in sorted(folder.rglob("*.tar")):
-        files.pipe_file(f"{BUCKET}/{path.relative_to(folder)}", path.read_bytes())
+        files.pipe_file(f"{BUCKET}/{path.relative_to(folder)}", path.read_bytes(), ACL="public-read")
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -145,15 +146,18 @@ def ours(urls: str, size: int, samples: int, workers: int, folder: str, read: st
                       prefetch_factor=4)  # fmt: skip
 
 
+def public(urls: str) -> str:
+    """Where the S3 server shows everybody what lies under its s3:// names."""
+    return urls.replace("s3://", f"{os.environ['AWS_ENDPOINT_URL']}/") if urls.startswith("s3://") else urls
+
+
 def decoded(raw: bytes, text: str | bytes, size: int) -> tuple[np.ndarray, str]:
     return decode_image(raw, "", size, 64_000_000), text.decode() if isinstance(text, bytes) else text
 
 
 def theirs_webdataset(urls: str, size: int, samples: int, workers: int, folder: str) -> Iterable[Batch]:
-    if urls.startswith("s3://"):
-        urls = f"pipe:curl -s -f {os.environ['AWS_ENDPOINT_URL']}/{urls.removeprefix('s3://')}"
     data = (
-        webdataset.WebDataset(urls, shardshuffle=SHARDS, seed=0, empty_check=False)
+        webdataset.WebDataset(public(urls), shardshuffle=SHARDS, seed=0, empty_check=False)
         .shuffle(BUFFER, initial=BUFFER)
         .to_tuple("jpg", "txt")
         .map(lambda pair: decoded(pair[0], pair[1], size))
@@ -163,7 +167,7 @@ def theirs_webdataset(urls: str, size: int, samples: int, workers: int, folder: 
 
 
 def theirs_datasets(urls: str, size: int, samples: int, workers: int, folder: str) -> Iterable[Batch]:
-    names = [urls.replace("{000..007}", f"{shard:03d}") for shard in range(SHARDS)]
+    names = [public(urls).replace("{000..007}", f"{shard:03d}") for shard in range(SHARDS)]
     data = datasets.load_dataset("webdataset", data_files={"train": names}, split="train", streaming=True,
                                  cache_dir=f"{folder}/datasets")  # fmt: skip
     data = data.cast_column("jpg", datasets.Image(decode=False)).shuffle(0, buffer_size=BUFFER)

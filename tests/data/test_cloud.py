@@ -83,9 +83,7 @@ def test_patterns_of_a_bucket(s3: None) -> None:
 
 
 def test_data_workers_stream_from_a_bucket_what_they_stream_from_a_disk(s3: None, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for name, content in HELD.items():
-        (tmp_path / "data" / name).write_bytes(content)
+    write({name: SIZE for name in HELD if name.endswith(".tar")}, tmp_path / "data")
     local = StepData(recipe_of(tmp_path / "data"), TOKENIZER)
     remote = StepData(recipe_of("s3://held/a/b/*.tar"), TOKENIZER, record=tmp_path / "record")
     remote[30]  # opened here before others are forked
