@@ -15,11 +15,12 @@ from vlmoe.cli import app
 from vlmoe.config import load_recipe, to_mapping
 from vlmoe.data.loader import held_out
 from vlmoe.evaluate.masked import losses
+from vlmoe.model.flops import Shape
 from vlmoe.study import compare
 from vlmoe.study.collect import finished
 from vlmoe.study.declare import Budget, StudyError, load_study
 from vlmoe.study.declare import to_mapping as study_mapping
-from vlmoe.study.extend import check
+from vlmoe.study.extend import check, left_to_do
 from vlmoe.study.grid import count, make_plan
 from vlmoe.study.measure import data_shapes
 from vlmoe.study.plan import read_report
@@ -50,11 +51,11 @@ jobs: 2
 """
 
 
-def budget(file: Path, folder: Path) -> float:
+def budget(file: Path, shapes: list[list[Shape]]) -> float:
     """FLOPs for all runs but the last, counting those of three steps as 1, those of six as 2: of 7, 4.4, of which the
     broken one uses none."""
-    plan, base = make_plan(load_study(str(file))), load_recipe("characters", SMALL)
-    count(plan, {"": data_shapes(base, prepare_text_tokenizer(base, folder, Console(quiet=True)))})
+    plan = make_plan(load_study(str(file)))
+    count(plan, {"": shapes})
     return 4.4 * min(run.flops for run in plan.runs)
 
 
@@ -71,7 +72,9 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file, out = folder / "mine.yaml", folder / "out"
     file.write_text(STUDY)
     found: dict[str, Any] = {"file": file, "out": out}
-    found["budget"] = budget(file, folder / "tokenizers")
+    base = load_recipe("characters", SMALL)
+    found["shapes"] = data_shapes(base, prepare_text_tokenizer(base, folder / "tokenizers", Console(quiet=True)))
+    found["budget"] = budget(file, found["shapes"])
     for name, limit in (("first", found["budget"]), ("second", "null")):
         found[name] = invoke(str(file), f"budget.flops={limit}", "--out", str(out))
         found[f"{name} report"] = json.loads((out / "study.json").read_text())
@@ -174,8 +177,8 @@ def test_the_report_says_what_texts_alone_have_taught(launches: dict[str, Any]) 
 
 
 def test_a_study_goes_on_where_another_ended(launches: dict[str, Any], tmp_path: Path) -> None:
-    """Longer runs of its own beside the earlier study's finished ones, in every table."""
-    longer = ["steps=[9]", "sparse.0.name=other", "sparse.0.set=[]", "sparse.0.steps=[9]"]
+    """Longer runs of its own beside the earlier study's finished ones, in every table; those are not done again."""
+    longer = ["steps=[6, 9]", "sparse.0.name=other", "sparse.0.set=[]", "sparse.0.steps=[9]"]
     file = str(launches["file"])
     invoke(file, *longer, f"extends={launches['out']}", "--out", str(tmp_path / "longer"))
     report = json.loads((tmp_path / "longer" / "study.json").read_text())
@@ -187,7 +190,22 @@ def test_a_study_goes_on_where_another_ended(launches: dict[str, Any], tmp_path:
     with (tmp_path / "longer" / "runs.csv").open() as lines:
         assert {row["run"] for row in csv.DictReader(lines)} == set(rows)
     assert f"4 runs are those of {launches['out']}" in (tmp_path / "longer" / "study.md").read_text()
-    assert not (tmp_path / "longer" / "runs" / "fine-6-seed0").exists()
+    made = {path.name for path in (tmp_path / "longer" / "runs").iterdir()}
+    assert made == {"dense-w32-d2-9-seed0", "other-9-seed0", "fine-9-seed0"}
+
+
+def test_runs_are_done_again_at_another_rate_or_where_tasks_start_from_them(launches: dict[str, Any]) -> None:
+    report = launches["second report"]
+
+    def left(*overrides: str) -> list[str]:
+        plan = make_plan(load_study(str(launches["file"]), [f"extends={launches['out']}", *overrides]))
+        count(plan, dict.fromkeys(plan.bases, launches["shapes"]))
+        return [run.id for run in left_to_do(plan, report)]
+
+    assert left() == ["broken-3-seed0"]  # it failed there
+    assert left("sparse.1.set=[train.lr=0.01]") == ["broken-3-seed0", "fine-3-seed0", "fine-6-seed0"]
+    tasks = ("downstream.tasks=[vqa]", "downstream.models=[dense-w32-d2]")
+    assert left(*tasks) == ["dense-w32-d2-3-seed0", "dense-w32-d2-6-seed0", "broken-3-seed0"]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +228,7 @@ def test_a_packaged_study_goes_on_from_committed_results(name: str, committed: s
     [
         ("set.8=train.warmup=3", "recipe, key 'train.warmup' is 2 there and 3 here"),
         ("sparse.1.experts=8", "model fine, key 'model.text.experts' is 4 there and 8 here"),
+        ("sparse.1.set=[train.weight_decay=0.3]", "model fine, key 'train.weight_decay' is 0.0 there and 0.3 here"),
         ("expert_power=0", "key 'expert_power' is 0.5 there and 0.0 here"),
         ("extends=/nowhere", "/nowhere: no such file"),
     ],

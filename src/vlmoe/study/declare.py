@@ -62,8 +62,9 @@ class Grid:
 
 @dataclass
 class World:
-    """Data to compare models in, as changes to the recipe. concepts: how many things there are to know in it. bits:
-    that it takes to know them; None: concepts x log2(concepts), what tells each from all others."""
+    """Data to compare models in, as changes to the recipe. concepts: how many things there are to know in it; None: in
+    the embedded world those that training shows. bits: that it takes to know them; None: concepts x log2(concepts),
+    what tells each from all others."""
 
     name: str = ""
     concepts: int | None = None

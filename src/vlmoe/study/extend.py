@@ -7,6 +7,7 @@ from typing import Any
 from vlmoe.config import flat, with_later_keys
 from vlmoe.study.collect import finished
 from vlmoe.study.declare import StudyError
+from vlmoe.study.grid import Plan, Run
 
 FREE = ("name", "about", "run.dir", "train.lr", "train.steps")  # of the recipe; rows say their learning rate and steps
 
@@ -24,8 +25,20 @@ def check(earlier: dict[str, Any], about: dict[str, Any]) -> None:
     for world in then.keys() & now.keys():
         _same_keys(f"recipe of {world}" if world else "recipe", then[world], now[world], where)
     for name in earlier["models"].keys() & about["models"].keys():
-        then, now = ({"model": report["models"][name]["model"]} for report in (earlier, about))
-        _same_keys(f"model {name}", then, now, where)
+        then, now = (report["models"][name] for report in (earlier, about))
+        for part in ("model", "train"):
+            if part in then:  # reports of before there was a choice of training for each model
+                _same_keys(f"model {name}", {part: then[part]}, {part: now[part]}, where)
+
+
+def left_to_do(plan: Plan, earlier: dict[str, Any]) -> list[Run]:
+    """Of a study's runs those that the report it extends does not hold, with their learning rate. Runs that tasks start
+    from are among them: a report has no weights."""
+    there = {row["run"]: row["learning_rate"] for row in finished(earlier["runs"])}
+    tasks = plan.study.downstream
+    needed = {name for m in tasks.models for name in (plan.ablation.values() if m == "ablation" else [m])}
+    needed = needed if tasks.tasks else set()
+    return [r for r in plan.runs if r.model in needed or r.rate is None or there.get(r.id) != r.rate]
 
 
 def join(earlier: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
@@ -44,8 +57,14 @@ def join(earlier: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
         "runs": runs + about["runs"],
         "models": {name: m for name, m in models.items() if name in kept or name in about["models"]},
         "sweep": about["sweep"] or earlier["sweep"],
+        "duplicates": _longer(earlier.get("duplicates") or {}, about["duplicates"]),
         "notes": [*earlier["notes"], note, *about["notes"]],
     }
+
+
+def _longer(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Of each world what was found after more steps."""
+    return {world: max((d[world] for d in (then, now) if world in d), key=lambda f: f["steps"]) for world in then | now}
 
 
 def _recipes(report: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmoe.config import ModalityConfig, ModelConfig, Recipe, load_recipe, to_mapping
+from vlmoe.data.world.concepts import in_play
 from vlmoe.model.accounting import Account, account
 from vlmoe.model.flops import Flops, Shape
 from vlmoe.model.parameters import hidden_size
@@ -72,13 +73,15 @@ class Run:
 @dataclass
 class Plan:
     """models: by name, those of the sweep apart. bases: the study's own recipe in each world, "" where it declares
-    none. ablation: row -> model. runs: in the order in which they are begun."""
+    none. worlds: the study's, or the recipe's own, with how much there is to know. ablation: row -> model. runs: in the
+    order in which they are begun."""
 
     study: Study
     models: dict[str, Model]
     sweep: dict[str, Model]
     ablation: dict[str, str]
     bases: dict[str, Recipe]
+    worlds: list[World]
     runs: list[Run] = field(default_factory=list)
 
     def model(self, run: Run) -> Model:
@@ -87,15 +90,16 @@ class Plan:
 
 def make_plan(study: Study) -> Plan:
     """The models of a study. Raises StudyError or RecipeError where one cannot be built."""
-    worlds = study.worlds or [World()]
-    plan = Plan(study, {}, {}, {}, {w.name: load_recipe(study.recipe, [*study.set, *w.set]) for w in worlds})
-    for world in worlds:
+    named = study.worlds or [World()]
+    plan = Plan(study, {}, {}, {}, {w.name: load_recipe(study.recipe, [*study.set, *w.set]) for w in named}, [])
+    plan.worlds += [_with_concepts(w, plan.bases[w.name]) for w in named]
+    for world in plan.worlds:
         for side, axes in (("dense", ("width", "depth")), ("sparse", AXES)):
             for grid in getattr(study, side):
                 for one in members(grid, axes) if world.name in (grid.worlds or [world.name]) else ():
                     _add(plan.models, _model(plan, world, one, side))
     if study.ablation is not None:
-        plan.ablation = _ablation(plan, _first_world(study, study.ablation), study.ablation)
+        plan.ablation = _ablation(plan, _first_world(plan, study.ablation), study.ablation)
     for model in plan.models.values():
         model.twin = _twin(plan, model)
     if study.headline is not None:
@@ -103,16 +107,24 @@ def make_plan(study: Study) -> Plan:
     if study.sweep.rates:
         for side in ("dense", "sparse"):
             grid = getattr(study.sweep, side)
-            model = _model(plan, _first_world(study, study.sweep.dense), next(members(grid)), side)
+            model = _model(plan, _first_world(plan, study.sweep.dense), next(members(grid)), side)
             plan.sweep[side] = replace(
                 model, kind=f"sweep-{side}", steps=[study.sweep.steps], saturation=[], seeds=study.sweep.seeds
             )
     return plan
 
 
-def _first_world(study: Study, grid: Grid) -> World:
+def _first_world(plan: Plan, grid: Grid) -> World:
     """Of those that a grid names, or of all."""
-    return next((w for w in study.worlds if w.name in (grid.worlds or [w.name])), World())
+    return next(w for w in plan.worlds if w.name in (grid.worlds or [w.name]))
+
+
+def _with_concepts(world: World, base: Recipe) -> World:
+    """With the number of things that training shows, where the study does not say it and the embedded world knows."""
+    told = world.concepts is not None or world.bits is not None
+    if told or any(source.type != "world" for source in base.data.sources):
+        return world
+    return replace(world, concepts=sum(not concept.unseen for concept in in_play(base.data.world)))
 
 
 def _check_headline(plan: Plan, headline: Headline) -> None:

@@ -71,6 +71,7 @@ def study(
         count(plan, shapes)
         if earlier is not None:
             extend.check(earlier, declared_part(plan))
+            plan.runs = extend.left_to_do(plan, earlier)
         work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
         shared, timed = tokenizer_jobs(work), measure_jobs(work)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
@@ -138,7 +139,8 @@ def _about(model: Model) -> dict[str, Any]:
     return {
         "side": model.side, "kind": model.kind, "world": model.world.name, "twin": model.twin,
         "settings": model.settings, "steps": model.steps, "seeds": model.seeds,
-        "model": recipe_mapping(model.recipe)["model"], "flops_per_token": model.cost.charge_per_token,
+        **{part: recipe_mapping(model.recipe)[part] for part in ("model", "train")},
+        "flops_per_token": model.cost.charge_per_token,
         "flops_computed_per_token": model.cost.flops_per_token,
         "memory_predicted": model.cost.memory.peak, "params_total": model.cost.sizes.params_total,
         "params_per_token": model.cost.sizes.params_per_token,

@@ -84,13 +84,17 @@ def tokenizer_jobs(work: Work) -> list[Job]:
 
 
 def measure_jobs(work: Work) -> list[Job]:
-    """Run as many at a time as the study's runs, so that they see the same company."""
+    """Run as many at a time as the study's runs, so that they see the same company. Of models that have runs, with the
+    tokenizers of their first."""
     jobs = []
-    seed = work.plan.study.seeds[0]
-    for model in [*work.plan.models.values(), *work.plan.sweep.values()]:
+    first: dict[str, Run] = {}
+    for run in work.plan.runs:
+        first.setdefault(work.plan.model(run).name, run)
+    for run in first.values():
+        model = work.plan.model(run)
         spec = {
-            "kind": "measure", "steps": TIMED_STEPS, "recipe": recipe_mapping(seeded(model.recipe, seed)),
-            "tokenizers": str(work.tokenizers(model.world.name, seed)),
+            "kind": "measure", "steps": TIMED_STEPS, "recipe": recipe_mapping(seeded(model.recipe, run.seed)),
+            "tokenizers": str(work.tokenizers(model.world.name, run.seed)),
         }  # fmt: skip
         jobs.append(Job(model.name, work.out / "measure" / model.name, spec))
     return jobs
