@@ -169,7 +169,6 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def test_shards_over_http(server: str, tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp")
     from tests.data.test_stream import shard
 
     for i in range(2):
