@@ -7,6 +7,7 @@ import pytest
 from vlmoe.config import (
     Recipe,
     RecipeError,
+    flat,
     from_mapping,
     known_keys,
     load_recipe,
@@ -140,3 +141,11 @@ def test_sources_of_before_a_key_was_there_are_as_they_were() -> None:
     assert with_later_keys({"r.data.sources": [{"kind": "pair"}]}, {}, "r.") == {"r.data.sources": [later]}
     changed = with_later_keys({"data.sources[0].turns": "all"}, now)
     assert changed["data.sources[0].turns"] == "all"
+
+
+def test_recipes_stored_before_images_could_be_changed_and_bytes_be_tokens_change_neither() -> None:
+    now = flat(to_mapping(Recipe()))
+    new = ("data.augment.", "data.text_tokenizer.byte_fallback")
+    then = {key: value for key, value in now.items() if not key.startswith(new)}
+    assert len(then) == len(now) - 8
+    assert with_later_keys(then, now) == now

@@ -1,13 +1,15 @@
 import contextlib
+import functools
 import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from vlmoe.data.images import decode_image
+from vlmoe.data.files import FileOptions, Parts, make_sample
+from vlmoe.data.images import WITHOUT_PROFILE, decode_image
 from vlmoe.data.sample import BadSample
 
 LIMIT = 1_000_000
@@ -144,3 +146,138 @@ def test_damage_anywhere_is_a_bad_sample_or_an_image_never_another_error() -> No
                 damaged[at] = rng.integers(256)
             with contextlib.suppress(BadSample):
                 assert decode(bytes(damaged)).shape == (16, 16, 3)
+
+
+# --------------------------------------------------------------------------------------------------- colour profiles
+SRGB = ((0.436066, 0.222488, 0.013916), (0.385147, 0.716873, 0.097076), (0.143066, 0.060608, 0.714096))  # XYZ at D50
+ADOBE = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
+WHITE = (0.9642, 1.0, 0.8249)
+
+
+def icc(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """A version 2 profile (ICC.1:2001-04) for a display: header, table of tags, tags."""
+    start = 128 + 4 + 12 * len(tags)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data
+    header = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x02400000, b"mntr", space, b"XYZ ")
+    header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + xyz(WHITE)[8:] + bytes(48)
+    return header + table + body
+
+
+def xyz(values: tuple[float, ...]) -> bytes:
+    return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(v * 65536) for v in values))
+
+
+def gamma(value: float) -> bytes:
+    return b"curv" + bytes(4) + struct.pack(">IH", 1, round(value * 256))
+
+
+def rgb_profile(columns: tuple[tuple[float, ...], ...], exponent: float) -> bytes:
+    tags = {b"wtpt": xyz(WHITE)}
+    for letter, column in zip((b"r", b"g", b"b"), columns, strict=True):
+        tags |= {letter + b"XYZ": xyz(column), letter + b"TRC": gamma(exponent)}
+    return icc(b"RGB ", tags)
+
+
+def srgb_levels(linear: np.ndarray) -> np.ndarray:
+    """IEC 61966-2-1, from shares of light to levels of 255."""
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def by_hand(rgb: np.ndarray, columns: tuple[tuple[float, ...], ...], exponent: float) -> np.ndarray:
+    to_xyz, to_srgb = np.array(columns).T, np.linalg.inv(np.array(SRGB).T)
+    return srgb_levels((rgb / 255) ** exponent @ to_xyz.T @ to_srgb.T)
+
+
+SWAPPED = (SRGB[1], SRGB[2], SRGB[0])  # red stands for green, green for blue, blue for red
+
+
+@pytest.mark.parametrize(("columns", "exponent"), [(ADOBE, 2.19921875), (SWAPPED, 2.2)])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_a_wide_or_odd_colour_space_becomes_srgb(
+    columns: tuple[tuple[float, ...], ...], exponent: float, format: str
+) -> None:
+    lossless: dict[str, dict[str, object]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    array = np.asarray(noise(4, 4)).repeat(8, 0).repeat(8, 1)
+    raw = encode(Image.fromarray(array), format, icc_profile=rgb_profile(columns, exponent), **lossless.get(format, {}))
+    stored = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB"))
+    notes: list[str] = []
+    found = decode_image(raw, "k", 32, LIMIT, notes=notes)
+    assert np.abs(found - by_hand(stored, columns, exponent)).max() < 2.5
+    assert np.abs(found.astype(int) - stored).max() > 20  # without the profile it would not pass
+    assert notes == []
+
+
+def test_transparency_and_palettes_keep_their_profile() -> None:
+    profile = rgb_profile(SWAPPED, 2.2)
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
+    clear.paste((255, 0, 0, 0), (0, 0, 8, 16))
+    found = decode(encode(clear, icc_profile=profile))
+    assert np.abs(found[:, 12].astype(int) - (0, 255, 0)).max() < 3
+    assert (found[:, 3] == 255).all()
+    palette = Image.new("RGB", (16, 16), (0, 255, 0)).convert("P")
+    assert np.abs(decode(encode(palette, icc_profile=profile)).astype(int) - (0, 0, 255)).max() < 3
+
+
+def test_grey_profiles_and_grey_images_with_a_profile_for_colours() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    profile = icc(b"GRAY", {b"wtpt": xyz(WHITE), b"kTRC": gamma(1.5)})
+    expected = srgb_levels((levels / 255) ** 1.5)[..., None].repeat(3, 2)
+    for image in (Image.fromarray(levels), Image.fromarray(levels.astype(np.uint16) << 8)):
+        found = decode(encode(image, icc_profile=profile))
+        assert np.abs(found - expected).max() < 2.5
+        assert np.abs(found.astype(int) - levels[..., None]).max() > 20
+    found = decode(encode(Image.fromarray(levels), icc_profile=rgb_profile(SWAPPED, 1.5)))
+    assert np.abs(found - expected).max() < 2.5
+
+
+@functools.cache
+def cmyk_profile() -> bytes:
+    """A printer whose black ink prints nothing and whose cyan ink takes away green: a table of 2 x 2 x 2 x 2 corners
+    (lut8Type) to Lab."""
+    corners = np.array([[c, m, y, k] for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)])
+    rgb = np.stack([255 * (1 - corners[:, 1]), 255 * (1 - corners[:, 0]), 255 * (1 - corners[:, 2])], 1)
+    image = Image.fromarray(rgb.astype(np.uint8)[None])
+    lab = ImageCms.profileToProfile(
+        image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    assert lab is not None
+    values = np.frombuffer(lab.tobytes(), np.uint8).reshape(-1, 3) ^ np.array([0, 128, 128], np.uint8)  # to unsigned
+    line = bytes(range(256))
+    matrix = struct.pack(">9i", *(65536 * int(i % 4 == 0) for i in range(9)))
+    table = b"mft1" + bytes(4) + struct.pack(">BBBx", 4, 3, 2) + matrix + 4 * line + values.tobytes() + 3 * line
+    raw = icc(b"CMYK", {b"wtpt": xyz(WHITE), b"A2B0": table})
+    return raw[:12] + b"prtr" + raw[16:20] + b"Lab " + raw[24:]
+
+
+def test_inks_are_read_by_their_profile() -> None:
+    magenta, cyan, white = (255, 0, 255), (0, 255, 255), (255, 255, 255)
+    for inks, expected in ((255, 0, 0, 0), magenta), ((0, 0, 0, 255), white), ((0, 255, 0, 0), cyan):
+        image = Image.new("CMYK", (16, 16), inks)
+        with_profile = decode(encode(image, "TIFF", icc_profile=cmyk_profile()))
+        assert np.abs(with_profile.astype(int) - expected).max() < 6, inks
+        plain = decode(encode(image, "TIFF"))
+        assert (plain == np.asarray(image.convert("RGB"))).all()
+        assert np.abs(plain.astype(int) - with_profile).max() > 200
+
+
+def test_a_profile_of_srgb_changes_nothing() -> None:
+    image = noise(16, 16)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert (decode(encode(image, icc_profile=profile)) == np.array(image)).all()
+
+
+@pytest.mark.parametrize("wrong", [b"no profile", bytes(200), rgb_profile(ADOBE, 2.2)[:-90], b"", "grey"])
+def test_an_unusable_profile_is_left_out_and_noted(wrong: bytes | str) -> None:
+    image = noise(16, 16)
+    profile = icc(b"GRAY", {b"wtpt": xyz(WHITE), b"kTRC": gamma(1.0)}) if isinstance(wrong, str) else wrong
+    notes: list[str] = []
+    raw = encode(image, "WEBP", lossless=True, icc_profile=profile)
+    found = decode_image(raw, "k", 16, LIMIT, notes=notes)
+    assert (found == np.array(image)).all()
+    assert notes == ([WITHOUT_PROFILE] if wrong else [])
+    assert make_sample(Parts(image=raw), "k", FileOptions("image", "x"), 0).taken == tuple(notes)

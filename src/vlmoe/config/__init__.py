@@ -23,6 +23,8 @@ from vlmoe.config.reading import (
     with_later_keys,
 )
 from vlmoe.config.schema import (
+    LEAST_BYTE_VOCABULARY,
+    AugmentConfig,
     BatchConfig,
     DataConfig,
     EvalConfig,
@@ -47,8 +49,10 @@ from vlmoe.config.sealed import AlteredError, check_files, describe, read_sealed
 from vlmoe.config.validation import check_scenes
 
 __all__ = [
+    "LEAST_BYTE_VOCABULARY",
     "TASKS",
     "AlteredError",
+    "AugmentConfig",
     "BatchConfig",
     "CaptionConfig",
     "DataConfig",

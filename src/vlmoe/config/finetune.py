@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vlmoe.config.schema import ModelConfig, RunConfig, TrainConfig, WorldConfig
+from vlmoe.config.schema import AugmentConfig, ModelConfig, RunConfig, TrainConfig, WorldConfig
 
 TASKS = ("vqa", "nlvr2", "retrieval", "classify", "nli", "caption")
 
@@ -35,6 +35,7 @@ class TaskDataConfig:
     train: FilesConfig = field(default_factory=FilesConfig)  # with type files
     eval: list[FilesConfig] = field(default_factory=list)  # splits to evaluate; the first one decides when to stop
     answers: int = 3129  # vqa on files: the most frequent answers that can be given
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     blind: str = "none"  # none; image or text: train and evaluate without it, as a baseline
     limit: int | None = None  # training examples used; null: all
     batch: int = 64  # examples in a micro-batch

@@ -48,6 +48,14 @@ BEFORE = {
     "data.stream.cache_gb": 50.0,
     "data.stream.attempts": 5,
     "data.masking.words": [],
+    "data.augment.crop": None,
+    "data.augment.ratio": 4 / 3,
+    "data.augment.brightness": 0.0,
+    "data.augment.contrast": 0.0,
+    "data.augment.saturation": 0.0,
+    "data.augment.hue": 0.0,
+    "data.augment.flip": 0.0,
+    "data.text_tokenizer.byte_fallback": False,
 }
 _ITEM = re.compile(r"\[\d+\]")  # in a dotted key
 

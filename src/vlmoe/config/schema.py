@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+LEAST_BYTE_VOCABULARY = 512  # rows of model.vocabulary: half of them for bytes and special tokens
+
 
 class UserError(ValueError):
     """Something a user can put right; the command line prints it as one line. Every error meant for users is one."""
@@ -154,12 +156,35 @@ class MaskingConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """How images are changed in training, anew each time one is shown, and never where a run is scored. Not for images
+    of the embedded world, whose captions state places and colours, nor beside stored visual codes."""
+
+    crop: float | None = None  # least share of an image's area that a random crop takes (torchvision: 0.08, BEiT-3:
+    # 0.5, CLIP: 0.9); null: the centre square
+    ratio: float = 4 / 3  # a crop is at most so many times as wide as high, or as high as wide; it is made square
+    brightness: float = 0.0  # 0.4: up to 40% darker or brighter
+    contrast: float = 0.0  # likewise
+    saturation: float = 0.0  # likewise; 1: down to grey
+    hue: float = 0.0  # most turn along the circle of colours, up to 0.5
+    flip: float = 0.0  # share of images shown mirrored; captions that say left or right are then untrue
+
+    @property
+    def on(self) -> bool:
+        """Whether it changes anything."""
+        return self.crop is not None or any((self.brightness, self.contrast, self.saturation, self.hue, self.flip))
+
+
+@dataclass
 class TextTokenizerConfig:
     """How texts become tokens."""
 
-    type: str = "corpus"  # corpus (trained on the run's texts), hf (tokenizer.json), sentencepiece (.model)
-    path: str = ""  # of the file for hf and sentencepiece
+    type: str = "corpus"  # corpus (trained on the run's texts), hf (anybody's, as BERT's or SigLIP's), sentencepiece
+    # (.model or .spm, as BEiT-3's)
+    path: str = ""  # hf, sentencepiece: a file, a folder, or a name on the hub, NAME@REVISION for a certain version
     samples: int = 20000  # texts that corpus training reads
+    byte_fallback: bool = False  # corpus: byte pairs, in which what has no token is spelled by its bytes, so that
+    # nothing is unknown; 256 rows of model.vocabulary are theirs. false: word pieces
 
 
 @dataclass
@@ -186,6 +211,7 @@ class DataConfig:
     stream: StreamConfig = field(default_factory=StreamConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     visual_tokenizer: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
     workers: int = 1  # processes that prepare batches; 0: the one that trains

@@ -7,6 +7,8 @@ from typing import Any
 
 from vlmoe.config.finetune import TASKS, FinetuneRecipe
 from vlmoe.config.schema import (
+    LEAST_BYTE_VOCABULARY,
+    AugmentConfig,
     DataConfig,
     ModelConfig,
     Recipe,
@@ -131,15 +133,38 @@ def _data(d: DataConfig, m: ModelConfig, need: Need) -> None:
         d.masking.pair_patches,
         "a share from 0 to below 1",
     )
+    shown = [s.type for s in d.sources if s.kind != "text" and sizes[s.kind]]
+    _augment(d.augment, "world" in shown, need)
+    need(not d.augment.on or d.visual_tokenizer.type != "codes", "data.augment", _changed(d.augment),
+         "nothing, because stored visual codes belong to the images as they are")  # fmt: skip
     need(0 <= d.max_bad_share <= 1, "data.max_bad_share", d.max_bad_share, "a share from 0 to 1")
     need(d.workers >= 0, "data.workers", d.workers, "a number not below 0")
     tok, vis = d.text_tokenizer, d.visual_tokenizer
     need(tok.type in {"corpus", "hf", "sentencepiece"}, "data.text_tokenizer.type", tok.type,
          "corpus, hf or sentencepiece")  # fmt: skip
-    need(tok.type == "corpus" or bool(tok.path), "data.text_tokenizer.path", tok.path, "the tokenizer file's path")
+    need(tok.type == "corpus" or bool(tok.path), "data.text_tokenizer.path", tok.path,
+         "the tokenizer's file, folder, or name on the hub")  # fmt: skip
+    need(not tok.byte_fallback or tok.type == "corpus", "data.text_tokenizer.byte_fallback", tok.byte_fallback,
+         "false, because a tokenizer that is there already has its own rule")  # fmt: skip
+    need(not tok.byte_fallback or m.vocabulary >= LEAST_BYTE_VOCABULARY, "model.vocabulary", m.vocabulary,
+         f"at least {LEAST_BYTE_VOCABULARY}, because data.text_tokenizer.byte_fallback takes 256")  # fmt: skip
     for f in ("dim", "width", "steps", "batch"):
         need(getattr(vis, f) > 0, f"data.visual_tokenizer.{f}", getattr(vis, f), "a positive number")
     need(vis.type in {"vq", "codes"}, "data.visual_tokenizer.type", vis.type, "vq or codes")
+
+
+def _augment(a: AugmentConfig, world: bool, need: Need) -> None:
+    need(a.crop is None or 0 < a.crop <= 1, "data.augment.crop", a.crop, "a share above 0 and up to 1, or null")
+    need(a.ratio >= 1, "data.augment.ratio", a.ratio, "a number not below 1")
+    for f in ("brightness", "contrast", "saturation", "flip"):
+        need(0 <= getattr(a, f) <= 1, f"data.augment.{f}", getattr(a, f), "a number from 0 to 1")
+    need(0 <= a.hue <= 0.5, "data.augment.hue", a.hue, "a number from 0 to 0.5")
+    need(not (world and a.on), "data.augment", _changed(a),
+         "nothing, because captions and questions of the embedded world state places and colours")  # fmt: skip
+
+
+def _changed(a: AugmentConfig) -> dict[str, Any]:
+    return {f: getattr(a, f) for f in vars(a) if getattr(a, f) != getattr(AugmentConfig, f)}
 
 
 def _reading(source: SourceConfig, key: str, need: Need) -> None:
@@ -233,6 +258,7 @@ def _finetune(recipe: FinetuneRecipe, need: Need) -> None:
     d, s, t, c = recipe.data, recipe.sparse, recipe.train, recipe.caption
     need(recipe.task in TASKS, "task", recipe.task, ", ".join(TASKS))
     need(d.type in {"world", "files"}, "data.type", d.type, "world or files")
+    _augment(d.augment, d.type == "world", need)
     if d.type == "world":
         _world(d.world, recipe.model, need)
     else:

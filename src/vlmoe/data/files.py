@@ -14,6 +14,7 @@ import numpy as np
 
 from vlmoe.config import DataConfig, ModelConfig, SourceConfig, UserError, parse_json
 from vlmoe.data.accounts import Account
+from vlmoe.data.augment import Views
 from vlmoe.data.conversations import as_turns, read_conversation
 from vlmoe.data.counter import hash64
 from vlmoe.data.images import decode_image
@@ -93,11 +94,12 @@ class FileSource(ABC):
     def __getitem__(self, index: int) -> Sample:
         return self.draw(index, 0)
 
-    def draw(self, index: int, epoch: int) -> Sample:
-        """A sample as it is in an epoch: of several captions, number (index + epoch) modulo their count."""
+    def draw(self, index: int, epoch: int, views: Views | None = None) -> Sample:
+        """A sample as it is in an epoch: of several captions, number (index + epoch) modulo their count. views: as of
+        `make_sample`."""
         row = int(self.rows[index])
         parts = self.read(row, image=self.kind != "text")
-        return make_sample(parts, self.key(row), self.options, index + epoch)
+        return make_sample(parts, self.key(row), self.options, index + epoch, views)
 
     def text(self, index: int) -> str:
         """The text alone, as in epoch 0, without reading the image."""
@@ -117,8 +119,9 @@ class Parts:
     taken: tuple[str, ...] = ()
 
 
-def make_sample(parts: Parts, key: str, options: FileOptions, number: int) -> Sample:
-    """A sample of an entry's parts. number: of several captions it takes this one, modulo their count.
+def make_sample(parts: Parts, key: str, options: FileOptions, number: int, views: Views | None = None) -> Sample:
+    """A sample of an entry's parts. number: of several captions it takes this one, modulo their count. views: what of
+    the image is shown; None: the centre square.
 
     Raises BadSample.
     """
@@ -130,7 +133,10 @@ def make_sample(parts: Parts, key: str, options: FileOptions, number: int) -> Sa
     if options.kind != "text":
         if parts.image is None:
             raise BadSample(key, "no image")
-        image = decode_image(parts.image, key, options.image_size, options.max_pixels)
+        notes: list[str] = []
+        view = views() if views else None
+        image = decode_image(parts.image, key, options.image_size, options.max_pixels, view, notes)
+        taken = (*taken, *notes)
         if options.patches:
             codes = check_codes(parts.codes, key, options.patches)
     patch_factors, spans = read_truth(parts.truth, key) if parts.truth else ({}, ())

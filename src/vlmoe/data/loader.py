@@ -73,7 +73,8 @@ class StepData(Dataset[Step]):
             if size:
                 sources = build_sources(recipe.data, recipe.model, kind, "train", recipe.seed, factors, record)
                 collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind, factors)
-                self.parts[kind] = size, Mixture(sources, recipe.seed, batch=size), collator
+                mixture = Mixture(sources, recipe.seed, batch=size, augment=recipe.data.augment)
+                self.parts[kind] = size, mixture, collator
 
     def understood(self) -> list[str]:
         """What the sources take for image, text and codes, in lines for people."""

@@ -14,8 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from vlmoe.config import UserError
-from vlmoe.data.counter import hash64, shuffled
+from vlmoe.config import AugmentConfig, UserError
+from vlmoe.data.augment import Views, views_of
+from vlmoe.data.counter import hash64, shuffled, stream
 from vlmoe.data.sample import ENDLESS, BadSample, Sample, Source
 
 TRIES = 16  # samples tried for one position before the data is called unusable
@@ -79,15 +80,22 @@ class Mixture:
     """Weighted sources of one kind.
 
     shuffle: each epoch of a source is a permutation of all its samples (training); without, samples come in order
-    (evaluation). batch: positions in a micro-batch; the readers of a stream serve these in turn.
+    (evaluation). batch: positions in a micro-batch; the readers of a stream serve these in turn. augment: how images
+    are changed (training); which way is chosen by the position alone.
     """
 
     def __init__(
-        self, sources: Sequence[tuple[Source, float]], seed: int, shuffle: bool = True, batch: int = 1
+        self,
+        sources: Sequence[tuple[Source, float]],
+        seed: int,
+        shuffle: bool = True,
+        batch: int = 1,
+        augment: AugmentConfig | None = None,
     ) -> None:
         self.sources = [source for source, _ in sources]
         self.schedule = Schedule([weight for _, weight in sources])
         self.seed, self.shuffle, self.batch = seed, shuffle, batch
+        self.augment = augment if augment and augment.on else None
         self._turns: dict[tuple[int, int], np.ndarray] = {}
         for source in self.sources:
             if len(source) == 0:
@@ -129,6 +137,11 @@ class Mixture:
         start, here = self.schedule.draws(source, places).tolist()
         return turn // period * int(before[-1]) + int(before[turn % period]) + here - start
 
+    def _views(self, kind: str, position: int) -> Views | None:
+        if self.augment is None:
+            return None
+        return views_of(self.augment, stream(hash64("augment", self.seed, kind), position))
+
     def draw(
         self,
         position: int,
@@ -147,7 +160,7 @@ class Mixture:
         source = self.sources[number]
         for attempt in range(1, TRIES + 1):
             try:
-                return use(fetch(source, index, epoch))
+                return use(fetch(source, index, epoch, self._views(source.kind, position)))
             except BadSample as error:
                 bad.append((error.key, error.reason))
                 if error.samples > 1:
@@ -159,10 +172,11 @@ class Mixture:
         raise UserError(f"{describe_source(source)}: {TRIES} samples in a row are bad; the last, {key}: {reason}")
 
 
-def fetch(source: Source, index: int, epoch: int) -> Sample:
-    """A sample as it is in an epoch: sources with several captions an image show another one in each (`draw`)."""
+def fetch(source: Source, index: int, epoch: int, views: Views | None = None) -> Sample:
+    """A sample as it is in an epoch: sources with several captions an image show another one in each (`draw`). views:
+    what of its images is shown; None: the centre squares."""
     draw = getattr(source, "draw", None)
-    return draw(index, epoch) if draw else source[index]
+    return draw(index, epoch, views) if draw else source[index]
 
 
 def describe_source(source: Source) -> str:

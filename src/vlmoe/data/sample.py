@@ -28,7 +28,7 @@ class Sample:
     patch_factors: factor name -> one value in words for each patch, row by row; filled only by sources that know the
     truth. spans: what is known of ranges of the text; likewise.
     codes: (P,) visual codes stored beside the image, for `visual_tokenizer.type: codes`.
-    taken: in words, what of the entry this is where it holds more: "the first of several images".
+    taken: in words, what of the entry this is where it is not all: "the first of several images".
     """
 
     key: str

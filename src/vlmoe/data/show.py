@@ -19,7 +19,7 @@ from vlmoe.data.loader import HELD_OUT_SEED
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import KINDS, Sample
 from vlmoe.data.sources import build_sources, understood_of
-from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
+from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer, parts_of_words
 
 GREY = 128
 COLUMNS = 4
@@ -51,7 +51,8 @@ def show_data(
     training = split == "train"
     seed = recipe.seed if training else HELD_OUT_SEED
     sources = build_sources(recipe.data, recipe.model, kind, split, seed)
-    mixture = Mixture(sources, seed, training, max(1, getattr(recipe.data.batch, kind)))
+    augment = recipe.data.augment if training else None
+    mixture = Mixture(sources, seed, training, max(1, getattr(recipe.data.batch, kind)), augment)
     collator = Collator(recipe.model, recipe.data.masking, tokenizer, kind)
     positions = list(range(min(samples, len(mixture))))
     taken: Counter[str] = Counter()
@@ -80,16 +81,19 @@ def hide_patches(image_HWC: np.ndarray, mask_P: np.ndarray) -> np.ndarray:
 
 
 def mark_hidden(batch: Batch, b: int, tokenizer: TextTokenizer) -> str:
-    """A sample's tokens in a line, hidden ones in brackets."""
+    """A sample's text in a line, hidden tokens in brackets: "a walk[ing] man"."""
     assert batch.text_BT is not None
     assert batch.target_BT is not None
     assert batch.valid_BT is not None
-    words = []
+    line = ""
     rows = (batch.text_BT[b].tolist(), batch.target_BT[b].tolist(), batch.valid_BT[b].tolist())
-    for token, target, valid in zip(*rows, strict=True):
-        if valid and token not in {tokenizer.start_id, tokenizer.end_id}:
-            words.append(tokenizer.decode([token]) if target == IGNORE else f"[{tokenizer.decode([target])}]")
-    return " ".join(words)
+    shown = [(token, target) for token, target, valid in zip(*rows, strict=True) if valid]
+    ids = [token if target == IGNORE else target for token, target in shown]
+    for part in parts_of_words(tokenizer, ids, [target != IGNORE for _, target in shown]):
+        text = tokenizer.piece(part.ids)
+        line += "" if part.joined else " "
+        line += f"[{text}]" if part.hidden else text
+    return line.strip()
 
 
 def draw_batch(batch: Batch, tokenizer: TextTokenizer, out: Path, title: str) -> None:

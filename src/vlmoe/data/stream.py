@@ -41,6 +41,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlmoe.config import SourceConfig, StreamConfig, UserError
+from vlmoe.data.augment import Views
 from vlmoe.data.counter import hash64, shuffled
 from vlmoe.data.fetch import Ahead, Files, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, choose_caption, make_sample
@@ -310,8 +311,12 @@ class StreamSource:
         return self.columns.understood() if self.columns is not None else []
 
     def __getitem__(self, index: int) -> Sample:
+        return self.draw(index, 0)
+
+    def draw(self, index: int, epoch: int, views: Views | None = None) -> Sample:
+        """A sample; the epoch follows from the index. views: as of `make_sample`."""
         parts, key, number = self._read(index, image=self.kind != "text")
-        return make_sample(parts, key, self.options, number)
+        return make_sample(parts, key, self.options, number, views)
 
     def text(self, index: int) -> str:
         """The text alone, without reading the image."""

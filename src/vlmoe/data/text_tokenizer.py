@@ -1,31 +1,34 @@
 """Text tokens: one small interface over three kinds of tokenizer.
 
-- `corpus`: WordPiece trained on the run's own texts, lower-cased, split at white space and punctuation, and around
-  every letter of a script without blanks between words.
-- `hf`: any Hugging Face tokenizer.json. Special tokens are found by their usual names; missing ones are added.
-- `sentencepiece`: a .model or .spm file, with ids laid out as in XLM-RoBERTa, which is how BEiT-3 uses beit3.spm:
-  <s>=0, <pad>=1, </s>=2, <unk>=3, then the pieces, shifted by one, then <mask> (64,001 for beit3.spm's 64,000 pieces;
-  the rest of its 64,010 embedding rows are unused).
+- `corpus`: trained on the run's own texts (`vlmoe.data.text_training`).
+- `hf`: anybody's, as far as `tokenizers` or sentencepiece reads it (`vlmoe.data.tokenizer_files`). Special tokens are
+  found by their usual names; missing ones are added at the end.
+- `sentencepiece`: a .model or .spm file. Where the special ids are sentencepiece's defaults, ids are laid out as in
+  XLM-RoBERTa, which is how BEiT-3 uses beit3.spm: <s>=0, <pad>=1, </s>=2, <unk>=3, then the pieces, shifted by one,
+  then <mask> (64,001 for beit3.spm's 64,000 pieces; the rest of its 64,010 embedding rows are unused). Others (SigLIP,
+  T5, Gemma) keep their ids, and what they lack is added at the end.
 """
 
 from __future__ import annotations
 
 import os
-import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models
 
 from vlmoe.config import AlteredError, Recipe, UserError, check_files, read_sealed, write_sealed
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import BadSample
 from vlmoe.data.sources import build_sources, read_text
+from vlmoe.data.text_training import BLANK, byte_pairs, no_words, word_pieces
+from vlmoe.data.tokenizer_files import read_foreign
 
 DESCRIPTION = "text.json"  # written last: its presence says that the tokenizer is complete
 FILES = {"hf": "tokenizer.json", "corpus": "tokenizer.json", "sentencepiece": "sentencepiece.model"}
@@ -37,13 +40,6 @@ NAMES = {  # of special tokens, most usual first
     "unk": ("[UNK]", "<unk>", "<|unk|>"),
 }
 
-# Letters of scripts written without blanks, each with the marks on it: words of their own to the `corpus` tokenizer, as
-# BERT has it for Chinese. In one piece a sentence would be one unknown word.
-_SCRIPTS = ("Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Javanese",
-            "Tai_Tham", "New_Tai_Lue", "Tai_Le", "Yi")  # fmt: skip
-_APART = "[" + "".join(rf"\p{{{name}}}" for name in _SCRIPTS) + r"ー]\p{M}*"
-LONGEST_WORD = 100  # characters: what WordPiece looks at; a longer word is cut into pieces of so many
-
 Encoded = tuple[list[int], list[tuple[int, int]]]
 
 
@@ -52,7 +48,7 @@ class TextTokenizer(ABC):
 
     `encode` adds no special tokens; who builds a sequence puts `start_id` and `end_id` around it. Special tokens
     spelled out in a text ("[MASK]", "<s>") are ordinary characters. `size`: one more than the largest id. `unk_id`:
-    None where every text can be spelled.
+    None where every text can be spelled. `added`: special tokens that it lacked and was given.
     """
 
     type: str
@@ -62,6 +58,8 @@ class TextTokenizer(ABC):
     pad_id: int
     mask_id: int
     unk_id: int | None
+    added: tuple[str, ...] = ()
+    prefix = ""  # of tokens that go on with a word, where those have one
 
     @abstractmethod
     def encode(self, text: str) -> Encoded:
@@ -73,6 +71,19 @@ class TextTokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """Text of ids; start, end and padding are left out, a mask is shown by its name."""
+
+    @abstractmethod
+    def token(self, id: int) -> str:
+        """A token's name in the vocabulary: "##ing", "▁red", "<0xE2>"."""
+
+    @abstractmethod
+    def continues(self, id: int) -> bool:
+        """Whether a token goes on with the word before it, without a blank."""
+
+    def piece(self, ids: list[int]) -> str:
+        """Tokens of one word as text, its beginning or any part of it; a character's bytes without the rest by name."""
+        text = self.decode(ids).removeprefix(self.prefix) if self.continues(ids[0]) else self.decode(ids)
+        return "".join(map(self.token, ids)) if "\ufffd" in text else text
 
     @abstractmethod
     def _write(self, path: Path) -> None:
@@ -97,7 +108,38 @@ class TextTokenizer(ABC):
     def check_fits(self, vocabulary: int, what: str) -> None:
         """Raises UserError when the model's embedding has too few rows."""
         if self.size > vocabulary:
-            raise UserError(f"{what}: has {self.size} tokens, more than model.vocabulary = {vocabulary}")
+            given = f" ({', '.join(self.added)} among them, which it lacked)" if self.added else ""
+            raise UserError(
+                f"{what}: has {self.size} tokens{given}, more than model.vocabulary = {vocabulary}: set it to "
+                f"{self.size} or more"
+            )
+
+
+@dataclass
+class PartOfWord:
+    """Tokens of one word, as people are shown it: those that are hidden one by one, others in a row together.
+
+    position: of the first of them in the text's tokens. joined: whether it goes on with the word before it.
+    """
+
+    ids: list[int]
+    position: int
+    hidden: bool
+    joined: bool
+
+
+def parts_of_words(tokenizer: TextTokenizer, ids: Sequence[int], hidden: Sequence[bool]) -> list[PartOfWord]:
+    """A text's tokens as parts of words, without start, end and padding."""
+    parts: list[PartOfWord] = []
+    for position, (id, hides) in enumerate(zip(ids, hidden, strict=True)):
+        if id in {tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id}:
+            continue
+        joined = bool(parts) and tokenizer.continues(id)
+        if joined and not hides and not parts[-1].hidden:
+            parts[-1].ids.append(id)
+        else:
+            parts.append(PartOfWord([id], position, hides, joined))
+    return parts
 
 
 class HFTokenizer(TextTokenizer):
@@ -112,17 +154,19 @@ class HFTokenizer(TextTokenizer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
-        self.added: list[str] = []
         for role, names in NAMES.items():
             name = next((n for n in names if tokenizer.token_to_id(n) is not None), None)
             if name is None and role != "unk":
                 name = names[0]
-                self.added.append(name)
+                self.added += (name,)
             if name is not None:  # marks it as special too, where the file lists it as a plain entry
                 tokenizer.add_special_tokens([name])
             setattr(self, f"{role}_id", None if name is None else tokenizer.token_to_id(name))
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._hidden = {self.start_id, self.end_id, self.pad_id}
+        self._begin = _word_mark(tokenizer)
+        if isinstance(tokenizer.model, models.WordPiece):
+            self.prefix = tokenizer.model.continuing_subword_prefix
 
     def encode(self, text: str) -> Encoded:
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -135,26 +179,51 @@ class HFTokenizer(TextTokenizer):
         kept = [i for i in ids if i not in self._hidden]
         return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
 
+    def token(self, id: int) -> str:
+        return self.tokenizer.id_to_token(id) or ""
+
+    def continues(self, id: int) -> bool:
+        if id in {*self._hidden, self.mask_id, self.unk_id}:
+            return False
+        if self.prefix:
+            return self.token(id).startswith(self.prefix)
+        return bool(self._begin) and not self.token(id).startswith(self._begin)
+
     def _write(self, path: Path) -> None:
         self.tokenizer.save(str(path))
 
 
+def _word_mark(tokenizer: tokenizers.Tokenizer) -> str:
+    """What a token that begins a word begins with; empty where that is not known."""
+    decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b""
+    if b"ByteLevel" in decoder:
+        return "Ġ"
+    return BLANK if BLANK in decoder.decode() else ""
+
+
 class SentencePieceTokenizer(TextTokenizer):
-    """A sentencepiece model in XLM-RoBERTa's layout of ids (see the top of this file)."""
+    """A sentencepiece model, with ids as the top of this file says."""
 
     type = "sentencepiece"
-    start_id, pad_id, end_id, unk_id = 0, 1, 2, 3
-    _SHIFT = 1
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor, what: str = "sentencepiece model") -> None:
-        layout = (processor.unk_id(), processor.bos_id(), processor.eos_id())
-        if layout != (0, 1, 2):
-            raise UserError(
-                f"{what}: <unk>, <s>, </s> have the ids {layout}, expected (0, 1, 2), sentencepiece's own defaults"
-            )
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
         self.processor = processor
-        self.mask_id = processor.get_piece_size() + self._SHIFT
-        self.size = self.mask_id + 1
+        pieces = processor.get_piece_size()
+        self._unk = processor.unk_id()
+        if (self._unk, processor.bos_id(), processor.eos_id(), processor.pad_id()) == (0, 1, 2, -1):
+            self._shift = 1
+            self.start_id, self.pad_id, self.end_id, self.unk_id, self.mask_id = 0, 1, 2, 3, pieces + 1
+            self.size = self.mask_id + 1
+        else:
+            self._shift = 0
+            self.unk_id, self.size = self._unk, pieces
+            own = {"start": processor.bos_id(), "end": processor.eos_id(), "pad": processor.pad_id(), "mask": -1}
+            for role, id in own.items():
+                if id < 0:
+                    id, self.size = self.size, self.size + 1
+                    self.added += (NAMES[role][1],)
+                setattr(self, f"{role}_id", id)
+        self._hidden = {self.start_id, self.end_id, self.pad_id}
 
     def encode(self, text: str) -> Encoded:
         try:
@@ -163,83 +232,51 @@ class SentencePieceTokenizer(TextTokenizer):
         except TypeError:  # sentencepiece before 0.2.2
             pieces = self.processor.encode(text, out_type="immutable_proto").pieces  # type: ignore[arg-type]
             ids, offsets = [p.id for p in pieces], [(p.begin, p.end) for p in pieces]
-        return [i + self._SHIFT if i else self.unk_id for i in ids], [tuple(o) for o in offsets]
+        unknown = self.unk_id
+        assert unknown is not None
+        return [unknown if i == self._unk else i + self._shift for i in ids], [tuple(o) for o in offsets]
 
     def decode(self, ids: list[int]) -> str:
         words: list[str] = []
         run: list[int] = []
         for i in [*ids, self.mask_id]:  # pieces between two masks are joined by the model's own rules
-            if i > self.unk_id and i != self.mask_id:
-                run.append(i - self._SHIFT)
-            elif i in {self.unk_id, self.mask_id}:
+            if i in {self.unk_id, self.mask_id}:
                 words += [self.processor.decode(run)] if run else []
                 words.append("<unk>" if i == self.unk_id else "<mask>")
                 run = []
+            elif i not in self._hidden and i - self._shift < self.processor.get_piece_size():
+                run.append(i - self._shift)
         return " ".join(words[:-1]).strip()
+
+    def token(self, id: int) -> str:
+        if id in {self.unk_id, self.mask_id}:
+            return "<unk>" if id == self.unk_id else "<mask>"
+        return self.processor.id_to_piece(id - self._shift) if id not in self._hidden else ""
+
+    def continues(self, id: int) -> bool:
+        return id not in {*self._hidden, self.unk_id, self.mask_id} and not self.token(id).startswith(BLANK)
 
     def _write(self, path: Path) -> None:
         path.write_bytes(self.processor.serialized_model_proto())
 
 
 def train_wordpiece(texts: Iterable[str], vocabulary: int) -> HFTokenizer:
-    """Train the `corpus` tokenizer: at most `vocabulary` tokens, fewer when the texts hold fewer words.
-
-    The same texts give the same tokenizer. Raises UserError when there is no text or the vocabulary cannot hold the
-    texts' characters.
-    """
-    texts = list(texts)
-    tokenizer = _word_pieces(models.WordPiece(unk_token="[UNK]"))
-    special = [names[0] for names in NAMES.values()]
-    letters = sorted({c for text in texts for c in tokenizer.normalizer.normalize_str(text) if not c.isspace()})
-    if not letters:
-        raise UserError("the corpus tokenizer needs texts, and the sources gave none")
-    # The trainer numbers characters inside words in the order of a hash map. Given beforehand they keep one order.
-    apart = _letters_apart()
-    inside = [c for c in letters if unicodedata.category(c)[0] == "M" or len(apart.pre_tokenize_str("x" + c)) == 1]
-    fixed = special + ["##" + c for c in inside]
-    if len(fixed) + len(letters) > vocabulary:
-        raise UserError(
-            f"model.vocabulary = {vocabulary} cannot hold the texts' {len(letters)} different characters: "
-            f"expected at least {len(fixed) + len(letters)}"
-        )
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, min_frequency=2, show_progress=False, special_tokens=fixed, initial_alphabet=letters
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    trained = tokenizer.get_vocab(with_added_tokens=True)
-    return HFTokenizer(_word_pieces(models.WordPiece(trained, unk_token="[UNK]")), type="corpus")
+    """Train the `corpus` tokenizer; see `text_training.word_pieces`."""
+    return HFTokenizer(word_pieces(texts, vocabulary), type="corpus")
 
 
-def _word_pieces(model: models.WordPiece) -> tokenizers.Tokenizer:
-    """The `corpus` tokenizer's rules around a vocabulary."""
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    pieces = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), _letters_apart(), pieces])
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
+def train_byte_pairs(texts: Iterable[str], vocabulary: int) -> HFTokenizer:
+    """Train the `corpus` tokenizer with byte fallback; see `text_training.byte_pairs`."""
+    return HFTokenizer(byte_pairs(texts, vocabulary), type="corpus")
 
 
-def _letters_apart() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Split(tokenizers.Regex(_APART), "isolated")
-
-
-def read_tokenizer(type: str, path: str | Path) -> TextTokenizer:
-    """Read a tokenizer file (types hf, corpus and sentencepiece). Raises UserError naming the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"text tokenizer {path}: no such file")
-    try:
-        if type == "sentencepiece":
-            processor = sentencepiece.SentencePieceProcessor()
-            processor.LoadFromSerializedProto(path.read_bytes())
-            return SentencePieceTokenizer(processor, what=str(path))
-        return HFTokenizer(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")), type)
-    except UserError:
-        raise
-    except Exception as error:  # both libraries raise bare exceptions
-        wanted = "a sentencepiece model" if type == "sentencepiece" else "a Hugging Face tokenizer.json"
-        raise UserError(f"text tokenizer {path}: cannot be read as {wanted}: {error}") from None
+def read_tokenizer(type: str, name: str | Path) -> TextTokenizer:
+    """Read a tokenizer (types hf, corpus and sentencepiece). name: its file, or what `read_foreign` knows. Raises
+    UserError naming the file."""
+    found = read_foreign(type, name)
+    if isinstance(found, sentencepiece.SentencePieceProcessor):
+        return SentencePieceTokenizer(found)
+    return HFTokenizer(found, type)
 
 
 def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
@@ -265,17 +302,17 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
 
 
 def build_text_tokenizer(recipe: Recipe) -> TextTokenizer:
-    """The tokenizer a recipe asks for: read from its file, or trained on the texts the run will see first. A run
-    without texts gets one that knows special tokens alone.
+    """The tokenizer a recipe asks for: somebody's, or trained on the texts the run will see first. A run without texts
+    gets one that knows special tokens alone.
 
-    Raises UserError when the file is missing or broken, there are no texts, or it is larger than model.vocabulary.
+    Raises UserError when it is missing or broken, there are no texts, or it is larger than model.vocabulary.
     """
     config = recipe.data.text_tokenizer
     if config.type == "corpus" and not recipe.reads_texts:
-        special = {names[0]: i for i, names in enumerate(NAMES.values())}
-        return HFTokenizer(_word_pieces(models.WordPiece(special, unk_token="[UNK]")), type="corpus")
+        return HFTokenizer(no_words(), type="corpus")
     if config.type == "corpus":
-        return train_wordpiece(corpus(recipe, config.samples), recipe.model.vocabulary)
+        train = train_byte_pairs if config.byte_fallback else train_wordpiece
+        return train(corpus(recipe, config.samples), recipe.model.vocabulary)
     tokenizer = read_tokenizer(config.type, config.path)
     tokenizer.check_fits(recipe.model.vocabulary, f"text tokenizer {config.path}")
     return tokenizer

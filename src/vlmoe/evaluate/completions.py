@@ -11,7 +11,7 @@ import torch
 
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.show import hide_patches
-from vlmoe.data.text_tokenizer import TextTokenizer
+from vlmoe.data.text_tokenizer import PartOfWord, TextTokenizer, parts_of_words
 from vlmoe.evaluate.masked import fill_in
 from vlmoe.evaluate.restore import restore
 from vlmoe.tasks.pretrain import MaskedDataModelling, hides_patches
@@ -22,12 +22,13 @@ RIGHT, WRONG, PLAIN = "#0072B2", "#D55E00", "#222222"  # Okabe-Ito: told apart b
 
 @dataclass
 class Word:
-    """A token as text, with the completion where it was hidden."""
+    """A word or a part of one as text, with the completion where it was hidden."""
 
     truth: str
     hidden: bool
     seen: str = ""  # filled in with the image
     blind: str = ""  # filled in without
+    joined: bool = False  # goes on with the word before it
 
 
 @dataclass
@@ -41,8 +42,11 @@ class Completion:
     def line(self, view: str) -> str:
         """`shown`, `truth`, `seen` or `blind`, as one line; completions stand in brackets."""
         if view in {"shown", "truth"}:
-            return " ".join(HIDDEN if w.hidden and view == "shown" else w.truth for w in self.words)
-        return " ".join(f"[{getattr(w, view)}]" if w.hidden else w.truth for w in self.words)
+            texts = [HIDDEN if w.hidden and view == "shown" else w.truth for w in self.words]
+        else:
+            texts = [f"[{getattr(w, view)}]" if w.hidden else w.truth for w in self.words]
+        line = "".join(text if w.joined else f" {text}" for w, text in zip(self.words, texts, strict=True))
+        return line.strip()
 
 
 @torch.no_grad()
@@ -55,22 +59,31 @@ def complete(model: MaskedDataModelling, tokenizer: TextTokenizer, batch: Batch,
     seen_BT, blind_BT = fill_in(model, batch, "seen"), fill_in(model, batch, "blind")
     restored = restore(model, batch) if hides_patches(batch) else None
     model.train(was_training)
-    special = {tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id}
+    hidden_BT = batch.target_BT != IGNORE
+    truth_BT = torch.where(hidden_BT, batch.target_BT, batch.text_BT)
     completions = []
     for b in range(min(count, len(batch))):
         words = []
-        for t in range(batch.text_BT.shape[1]):
-            hidden = int(batch.target_BT[b, t]) != IGNORE
-            truth = int(batch.target_BT[b, t]) if hidden else int(batch.text_BT[b, t])
-            if not batch.valid_BT[b, t] or truth in special:
-                continue
-            guesses = (tokenizer.decode([int(x[b, t])]) for x in (seen_BT, blind_BT)) if hidden else ("", "")
-            words.append(Word(tokenizer.decode([truth]), hidden, *guesses))
+        T = int(batch.valid_BT[b].sum())
+        for part in parts_of_words(tokenizer, truth_BT[b, :T].tolist(), hidden_BT[b, :T].tolist()):
+            seen, blind = (guess_of(tokenizer, int(x[b, part.position]), part) for x in (seen_BT, blind_BT))
+            words.append(Word(tokenizer.piece(part.ids), part.hidden, seen, blind, part.joined))
         image = batch.image_BCHW[b].permute(1, 2, 0).cpu().numpy()
         shown = hide_patches(image, batch.patch_mask_BP[b].cpu().numpy())
         filled = None if restored is None else restored[b].permute(1, 2, 0).cpu().numpy()
         completions.append(Completion(batch.keys[b], image, shown, filled, words))
     return completions
+
+
+def guess_of(tokenizer: TextTokenizer, id: int, part: PartOfWord) -> str:
+    """A completion of a hidden part as text, empty for others. One that goes on with a word where the truth begins one
+    is written "-ing", the other way round it has a blank before it: both may be spelled as the truth is."""
+    if not part.hidden:
+        return ""
+    text, continues = tokenizer.piece([id]), tokenizer.continues(id)
+    if continues == tokenizer.continues(part.ids[0]):
+        return text
+    return f"-{text}" if continues else f" {text}"
 
 
 def draw(completions: list[Completion], path: Path) -> None:
@@ -95,12 +108,12 @@ def draw(completions: list[Completion], path: Path) -> None:
     figure.canvas.draw()
     for row, item in zip(axes, completions, strict=True):
         y = 0.97
-        y = _write(row[3], y, "shown", [(HIDDEN if w.hidden else w.truth, PLAIN) for w in item.words])
+        y = _write(row[3], y, "shown", [(HIDDEN if w.hidden else w.truth, PLAIN, w.joined) for w in item.words])
         for label, view in (("with image", "seen"), ("without", "blind")):
             pieces = [
-                (getattr(w, view) or "·", RIGHT if getattr(w, view) == w.truth else WRONG)
+                (getattr(w, view) or "·", RIGHT if getattr(w, view) == w.truth else WRONG, w.joined)
                 if w.hidden
-                else (w.truth, PLAIN)
+                else (w.truth, PLAIN, w.joined)
                 for w in item.words
             ]
             y = _write(row[3], y, label, pieces, bold=True)
@@ -109,13 +122,17 @@ def draw(completions: list[Completion], path: Path) -> None:
     plt.close(figure)
 
 
-def _write(axis: Any, y: float, label: str, pieces: list[tuple[str, str]], bold: bool = False) -> float:
-    """Write words of several colours from height y on, wrapping at the right edge; returns the next free height."""
+def _write(axis: Any, y: float, label: str, pieces: list[tuple[str, str, bool]], bold: bool = False) -> float:
+    """Write words of several colours from height y on, wrapping at the right edge; returns the next free height.
+
+    pieces: text, colour, and whether it goes on with the word before it.
+    """
     renderer = axis.figure.canvas.get_renderer()
     inverse = axis.transData.inverted()
     axis.text(0.0, y, label, fontsize=8.5, color="#777777", va="top")
-    x, left, height = 0.1, 0.1, 0.155
-    for text, color in pieces:
+    x, left, height, blank = 0.1, 0.1, 0.155, 0.008
+    for text, color, joined in pieces:
+        x += 0 if joined or x == left else blank
         weight = "bold" if bold and color != PLAIN else "normal"
         piece = axis.text(x, y, text, fontsize=9, color=color, va="top", weight=weight, parse_math=False)
         right = inverse.transform(piece.get_window_extent(renderer))[1][0]
@@ -123,5 +140,5 @@ def _write(axis: Any, y: float, label: str, pieces: list[tuple[str, str]], bold:
             x, y, shift = left, y - height, right - x
             piece.set_position((x, y))
             right = x + shift
-        x = right + 0.008
+        x = right
     return y - height - 0.02

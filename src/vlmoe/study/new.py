@@ -17,12 +17,13 @@ from pathlib import Path
 
 from vlmoe.config import Recipe, RecipeError, UserError, load_recipe
 from vlmoe.data.survey import Survey, quantiles
-from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer, train_wordpiece
+from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer, train_byte_pairs, train_wordpiece
 
 MOST_BAD = 0.25  # share of samples that cannot be used; beyond it a run would look for good ones in vain
 PASSES = 40  # through the data, where time allows
 BATCHES = (64, 32, 16, 8, 4)
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+SPELLED = 2048  # vocabulary from which on letters without a token are spelled by bytes: an eighth of the rows at most
 NAME_WORDS = 3  # captions up to this median length are names: hidden as a whole, they can only be told from the image
 
 
@@ -68,6 +69,7 @@ class Draft:
     batch: int = BATCHES[0]
     steps: int = 100
     seconds: float = 0.0
+    byte_fallback: bool = False
 
     @property
     def kind(self) -> str:
@@ -147,11 +149,16 @@ def _draft(found: Survey, machine: Machine, name: str) -> Draft:
     words = train_wordpiece(found.texts, max(8192, 4 * letters))
     needed = max(1.25 * words.size, 4 * letters)
     vocabulary = next((v for v in VOCABULARIES if v >= needed), VOCABULARIES[-1])
+    byte_fallback = vocabulary >= SPELLED
+    if byte_fallback:
+        words = train_byte_pairs(found.texts, vocabulary)
     tokens = [len(ids) for ids, _ in words.encode_batch(found.texts)]
     (long,) = quantiles(tokens, 0.99)
     most = CUDA_TEXT if machine.cuda else CPU_TEXT
     max_text = min(most, max(8, 4 * math.ceil((long + 2) / 4)))
-    return Draft(name, found, machine, size, image_size, patch, max_text, vocabulary, tokens)
+    return Draft(
+        name, found, machine, size, image_size, patch, max_text, vocabulary, tokens, byte_fallback=byte_fallback
+    )
 
 
 def _name(path: str) -> str:
@@ -185,7 +192,8 @@ def seconds_of_a_step(recipe: Recipe, found: Survey) -> float:
     from vlmoe.study.measure import ReadyModel
 
     m, config = recipe.model, recipe.data.visual_tokenizer
-    text: TextTokenizer = train_wordpiece(found.texts, m.vocabulary) if found.texts else build_text_tokenizer(recipe)
+    train = train_byte_pairs if recipe.data.text_tokenizer.byte_fallback else train_wordpiece
+    text: TextTokenizer = train(found.texts, m.vocabulary) if found.texts else build_text_tokenizer(recipe)
     visual = VQTokenizer(m.image_size, m.patch, m.codes, config.dim, config.width)
     data = StepData(recipe, text)
     began = time.perf_counter()
@@ -249,7 +257,10 @@ def as_yaml(draft: Draft, out: Path) -> str:
             else ["    patches: 0.4  # share of the image that is hidden"]
         ),
         *(
-            ["  text_tokenizer: {type: corpus, samples: 20000}  # trained on the captions; hf: any tokenizer.json"]
+            [
+                f"  text_tokenizer: {{type: corpus, samples: 20000, byte_fallback: {str(draft.byte_fallback).lower()}}}"
+                + ("  # trained on the captions; " + _letters(draft))
+            ]
             * pairs
         ),
         f"  visual_tokenizer: {{steps: {300 if f.samples < 1000 else 900}}}",
@@ -285,6 +296,10 @@ def describe(draft: Draft) -> list[str]:
         f"Captions: median {words[0]} words ({tokens[0]} tokens), at most {words[1]} ({tokens[1]}); {same:.0%} repeat "
         "an earlier one.",
     ]
+
+
+def _letters(draft: Draft) -> str:
+    return "unknown letters become bytes" if draft.byte_fallback else f"bytes need 256 rows: not below {SPELLED}"
 
 
 def _median(values: list[int]) -> int:

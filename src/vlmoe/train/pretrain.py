@@ -142,7 +142,8 @@ def prepare_text_tokenizer(recipe: Recipe, folder: Path, console: Console) -> Te
         return load_text_tokenizer(folder)
     tokenizer = build_text_tokenizer(recipe)
     tokenizer.save(folder)
-    console.print(f"text tokenizer: {tokenizer.type}, {tokenizer.size} tokens", highlight=False)
+    added = f", added: {', '.join(tokenizer.added)}" if tokenizer.added else ""
+    console.print(f"text tokenizer: {tokenizer.type}, {tokenizer.size} tokens{added}", highlight=False, markup=False)
     return tokenizer
 
 

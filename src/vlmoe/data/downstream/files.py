@@ -14,8 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlmoe.config import FilesConfig, UserError, read_json
 from vlmoe.data.accounts import short
+from vlmoe.data.augment import Views
 from vlmoe.data.downstream.example import Example
 from vlmoe.data.images import decode_image
 from vlmoe.data.packed import Records
@@ -56,15 +59,18 @@ class FileExamples(ABC):
         return self.entries[index]
 
     def __getitem__(self, index: int) -> Example:
-        entry = self.entries[index]
-        return replace(entry, images=tuple(self._image(path) for path in self.paths(index)))
+        return self.draw(index)
 
-    def _image(self, path: Path) -> Any:
+    def draw(self, index: int, views: Views | None = None) -> Example:
+        """An example. views: what of its images is shown; None: the centre squares."""
+        return replace(self.entries[index], images=tuple(self._image(path, views) for path in self.paths(index)))
+
+    def _image(self, path: Path, views: Views | None) -> np.ndarray:
         try:
             raw = path.read_bytes()
         except OSError as error:
             raise BadSample(short(os.fsencode(path)), f"cannot be read: {error.strerror or error}") from None
-        return decode_image(raw, short(os.fsencode(path)), self.image_size, self.max_pixels)
+        return decode_image(raw, short(os.fsencode(path)), self.image_size, self.max_pixels, views() if views else None)
 
     def add(self, entry: Example, where: str, seen: dict[str, str]) -> None:
         """Take an entry. seen: key -> where it was. Raises UserError for a key that was there before."""

@@ -11,10 +11,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from vlmoe.config import FinetuneRecipe, UserError
+from vlmoe.data.augment import Views
 from vlmoe.data.batch import Batch
 from vlmoe.data.counter import hash64, stream
 from vlmoe.data.downstream.example import Example, Examples
-from vlmoe.data.downstream.files import open_files
+from vlmoe.data.downstream.files import FileExamples, open_files
 from vlmoe.data.loader import Step
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import BadSample
@@ -75,6 +76,12 @@ class _Source:
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
+    def draw(self, index: int, epoch: int, views: Views | None = None) -> Example:
+        if views is None:
+            return self.examples[index]
+        assert isinstance(self.examples, FileExamples)  # the world's are refused with the recipe
+        return self.examples.draw(index, views)
+
 
 class TrainData(Dataset[Step]):
     """`data[n]` is micro-batch n. An example that cannot be read is replaced by another and counted."""
@@ -82,7 +89,7 @@ class TrainData(Dataset[Step]):
     def __init__(self, recipe: FinetuneRecipe, examples: Examples, collate: Collate) -> None:
         self.size, self.seed, self.collate = recipe.data.batch, recipe.seed, collate
         source = _Source(examples, count_of(recipe, examples, "train"))
-        self.mixture = Mixture([(source, 1.0)], recipe.seed)  # type: ignore[list-item]
+        self.mixture = Mixture([(source, 1.0)], recipe.seed, augment=recipe.data.augment)  # type: ignore[list-item]
 
     def __getitem__(self, micro_step: int) -> Step:
         step = Step({})
