@@ -1,22 +1,28 @@
-"""Shards read as streams: what an epoch holds, what a resumed run sees, what a lost shard costs."""
+"""Shards and parquet files read as streams: what an epoch holds, what a resumed run sees, what a lost shard costs."""
 
 import io
 import json
+import multiprocessing
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, count, islice, repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.data.fakes import FakeSource
 from vlmoe.config import SourceConfig, StreamConfig, UserError
+from vlmoe.data import shards as shards_module
 from vlmoe.data import stream as stream_module
 from vlmoe.data import urls
 from vlmoe.data.files import FileOptions
@@ -25,10 +31,12 @@ from vlmoe.data.rows import rows_of_file
 from vlmoe.data.sample import BadSample, Sample
 from vlmoe.data.shard_index import ShardIndex, scan_shard
 from vlmoe.data.shards import ShardSource
+from vlmoe.data.sources import open_files
 from vlmoe.data.stream import Dealer, StreamSource, held_out_of_stream, shard_weights
 from vlmoe.data.urls import FetchOptions
 
 READERS = 4
+FORK = multiprocessing.get_context("fork")
 
 
 class Flaky(MemoryFileSystem):
@@ -62,7 +70,11 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def shard(name: str, size: int) -> bytes:
+    """A .tar or a .parquet file, by its name."""
     buffer = io.BytesIO()
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table({"text": [f"{name} number {i}" for i in range(size)]}), buffer, row_group_size=5)
+        return buffer.getvalue()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for i in range(size):
             text = f"{name} number {i}".encode()
@@ -72,9 +84,9 @@ def shard(name: str, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def whole_names(size: int, number: int) -> list[str]:
+def whole_names(size: int, number: int, suffix: str = "tar") -> list[str]:
     """Names of shards of which nothing is held out, so that all are equally long."""
-    names = (f"s{i:03d}.tar" for i in count())
+    names = (f"s{i:03d}.{suffix}" for i in count())
     return list(islice((n for n in names if len(rows_of_file(n, size, "train")) == size), number))
 
 
@@ -87,14 +99,15 @@ def write(sizes: dict[str, int], where: Path | str) -> str:
         else:
             with fsspec.open(f"{where}/{name}", "wb") as file:
                 file.write(shard(name, size))
-    return f"{where}/*.tar"
+    return f"{where}/*.{name.rpartition('.')[2]}"
 
 
 def open_stream(pattern: str, record: Path | None = None, **changes: Any) -> StreamSource:
     """buffer, readers, limit, attempts; other changes are the source's."""
     stream = StreamConfig(readers=changes.pop("readers", READERS), buffer=changes.pop("buffer", 10))
     fetch = FetchOptions("", changes.pop("limit", 10**9), changes.pop("attempts", 3))
-    config = SourceConfig("shards", "text", pattern, **({"read": "stream"} | changes))
+    type = "parquet" if pattern.endswith(".parquet") else "shards"
+    config = SourceConfig(type, "text", pattern, **({"read": "stream"} | changes))
     return StreamSource(FileOptions("text", pattern, fetch=fetch), config, stream, 5, 0, record)
 
 
@@ -105,7 +118,13 @@ def keys_of(source: StreamSource, start: int, stop: int, batch: int = 4) -> list
 
 
 def trained_on(sizes: dict[str, int]) -> list[str]:
-    return sorted(f"{name}/{i:04d}" for name, size in sizes.items() for i in rows_of_file(name, size, "train").tolist())
+    entry = {name: f"{name}:{{}}" if name.endswith(".parquet") else f"{name}/{{:04d}}" for name in sizes}
+    rows = {name: rows_of_file(name, size, "train").tolist() for name, size in sizes.items()}
+    return sorted(entry[name].format(i) for name in sizes for i in rows[name])
+
+
+def file_of(key: str) -> str:
+    return re.split("[/:]", key)[0]
 
 
 def by_epoch(source: StreamSource, epochs: int) -> list[list[str]]:
@@ -114,7 +133,7 @@ def by_epoch(source: StreamSource, epochs: int) -> list[list[str]]:
     for number in range(source.readers):
         reader = source.reader(number)
         for k in count():
-            epoch, _ = source.dealer.deal(number, reader.locate(k)[0])
+            epoch = source.dealer.epoch(number, reader.locate(k)[0])
             if epoch >= epochs:
                 break
             try:
@@ -125,9 +144,12 @@ def by_epoch(source: StreamSource, epochs: int) -> list[list[str]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- epochs
-@pytest.mark.parametrize(("readers", "buffer"), [(1, 1000), (4, 5), (3, 64), (8, 1)])
-def test_every_epoch_holds_every_sample_once(tmp_path: Path, readers: int, buffer: int) -> None:
-    sizes = {"a.tar": 31, "b.tar": 7, "c.tar": 0, "d.tar": 120, "e.tar": 1}
+@pytest.mark.parametrize(
+    ("readers", "buffer", "suffix"),
+    [(1, 1000, "tar"), (4, 5, "tar"), (3, 64, "tar"), (8, 1, "tar"), (3, 64, "parquet"), (8, 5, "parquet")],
+)
+def test_every_epoch_holds_every_sample_once(tmp_path: Path, readers: int, buffer: int, suffix: str) -> None:
+    sizes = {f"a.{suffix}": 31, f"b.{suffix}": 7, f"c.{suffix}": 0, f"d.{suffix}": 120, f"e.{suffix}": 1}
     source = open_stream(write(sizes, tmp_path / "data"), readers=readers, buffer=buffer)
     epochs = by_epoch(source, 4)
     for epoch in epochs:
@@ -136,8 +158,9 @@ def test_every_epoch_holds_every_sample_once(tmp_path: Path, readers: int, buffe
     assert len(trained_on(sizes)) < sum(sizes.values())  # some are held out
 
 
-def test_two_ranks_of_two_workers_read_an_epoch_without_overlap(tmp_path: Path) -> None:
-    sizes = dict.fromkeys(whole_names(12, 8), 12)
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_two_ranks_of_two_workers_read_an_epoch_without_overlap(tmp_path: Path, suffix: str) -> None:
+    sizes = dict.fromkeys(whole_names(12, 8, suffix), 12)
     pattern = write(sizes, tmp_path / "data")
     alone = keys_of(open_stream(pattern), 0, 48)
     # Worker w of rank r has micro-batches r + 2 w, r + 2 w + 4, ...; each process opens the data for itself.
@@ -147,7 +170,7 @@ def test_two_ranks_of_two_workers_read_an_epoch_without_overlap(tmp_path: Path) 
         for worker in range(2):
             source = open_stream(pattern, tmp_path / "run" / "stream")
             mine = {n: keys_of(source, n, n + 1)[0] for n in range(rank + 2 * worker, 48, 4)}
-            shards.append({key.split("/")[0] for n, batch in mine.items() if n < 24 for key in batch})
+            shards.append({file_of(key) for n, batch in mine.items() if n < 24 for key in batch})
             read |= mine
     assert [read[n] for n in range(48)] == alone
     for epoch in (alone[:24], alone[24:]):
@@ -223,8 +246,9 @@ def test_captions_rotate_over_epochs(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
-def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {f"{i:02d}.tar": 8 + i % 3 for i in range(20)}
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, suffix: str) -> None:
+    sizes = {f"{i:02d}.{suffix}": 8 + i % 3 for i in range(20)}
     pattern = write(sizes, "flaky://data")
     alone = keys_of(open_stream(pattern), 0, 80)
     record = tmp_path / "run" / "stream"
@@ -232,14 +256,43 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatc
     for ledger in record.iterdir():
         with ledger.open("a") as file:
             file.write('{"shard": "torn')  # killed while it wrote
-    Flaky.fetched.clear()
     urls_cache = tmp_path / "cache"
     os.rename(urls_cache, tmp_path / "other")  # another machine, with the run's folder
     resumed = open_stream(pattern, record)
+    Flaky.fetched.clear()  # of parquet, the first file, for its columns
     assert keys_of(resumed, 37, 41) == alone[37:41]
     assert sum(Flaky.fetched.values()) <= READERS * 3  # the shards of one block of each reader
     assert keys_of(resumed, 41, 80) == alone[41:]
     assert keys_of(open_stream(pattern), 37, 80) == alone[37:]  # without the ledger: longer, to the same end
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_killed_processes_leave_an_epoch_whole(tmp_path: Path, suffix: str) -> None:
+    sizes = dict.fromkeys(whole_names(12, 8, suffix), 12)
+    pattern, record = write(sizes, tmp_path / "data"), tmp_path / "run" / "stream"
+    read: dict[int, list[str]] = {}
+    # Two ranks of two workers are killed while they read; two of one go on, and others of them, until the second epoch.
+    for start, stop, processes in ((0, 13, 4), (13, 29, 2), (29, 48, 3)):
+        for number in range(processes):
+            mine = range(start + number, 48, processes)
+            here, there = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=_send_batches, args=(pattern, record, mine, there))
+            process.start()
+            for n in mine:
+                if n >= stop:
+                    break
+                read[n] = here.recv()
+            process.kill()
+            process.join()
+    assert [read[n] for n in range(48)] == keys_of(open_stream(pattern), 0, 48)
+    for epoch in (range(24), range(24, 48)):
+        assert sorted(chain(*(read[n] for n in epoch))) == trained_on(sizes)
+
+
+def _send_batches(pattern: str, record: Path, numbers: range, to: Connection) -> None:
+    source = open_stream(pattern, record)
+    for n in numbers:
+        to.send(keys_of(source, n, n + 1)[0])
 
 
 def test_processes_that_keep_one_ledger_agree(tmp_path: Path) -> None:
@@ -248,7 +301,7 @@ def test_processes_that_keep_one_ledger_agree(tmp_path: Path) -> None:
     record = tmp_path / "run"
     one, two = open_stream(pattern, record, attempts=1), open_stream(pattern, record, attempts=1)
     keys_of(two, 0, 1)
-    lost = one.shards[one.dealer.deal(0, 2)[1]].rsplit("/", 1)[-1]
+    lost = one.shards[one.dealer.deal(0, 2)].rsplit("/", 1)[-1]
     for name in sizes:
         Flaky.failing[name] = 10**6 if name == lost else 0
     (tmp_path / "cache" / "vlmoe").rename(tmp_path / "gone")
@@ -293,7 +346,7 @@ def test_a_disk_that_fails_now_and_then_is_read_again(tmp_path: Path, monkeypatc
             raise OSError(5, "Input/output error")
         return scan_shard(descriptor)
 
-    monkeypatch.setattr(stream_module, "scan_shard", scan)
+    monkeypatch.setattr(shards_module, "scan_shard", scan)
     assert sorted(by_epoch(open_stream(pattern), 1)[0]) == trained_on(sizes)
     scans = chain([1], repeat(2))
     with pytest.raises(BadSample, match=r"lost shard: Input/output error \(3 attempts\)"):
@@ -304,7 +357,7 @@ def test_a_lost_shard_is_reported_with_its_size_and_read_in_the_next_epoch(tmp_p
     names = whole_names(12, 8)
     pattern = write(dict.fromkeys(names, 12), "flaky://data")
     source = open_stream(pattern, tmp_path / "run")
-    name = source.shown[source.dealer.deal(1, 1)[1]]
+    name = source.shown[source.dealer.deal(1, 1)]
     Flaky.failing[name] = 10**6
     mixture = Mixture([(source, 1.0)], 5, batch=4)
     bad: list[tuple[str, str]] = []
@@ -344,7 +397,7 @@ def test_a_shard_that_vanishes_after_it_was_counted_moves_nothing(tmp_path: Path
     pattern = write(sizes, tmp_path / "data")
     source = open_stream(pattern, tmp_path / "run")
     alone = keys_of(source, 0, 24)
-    name = source.shown[source.dealer.deal(0, 1)[1]]
+    name = source.shown[source.dealer.deal(0, 1)]
     (tmp_path / "data" / name).rename(tmp_path / "elsewhere")
     reader = source.reader(0)
     reader.open.clear()
@@ -373,6 +426,40 @@ def test_damaged_and_compressed_shards(tmp_path: Path) -> None:
     assert reasons[names[1]] == "lost shard: compressed; a plain .tar file is needed"
 
 
+def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    name = whole_names(15, 1, "parquet")[0]
+    whole = shard(name, 15)
+    about = pq.read_metadata(io.BytesIO(whole)).row_group(1).column(0)
+    start = about.dictionary_page_offset or about.data_page_offset
+    broken = whole[:start] + b"\xff" * about.total_compressed_size + whole[start + about.total_compressed_size :]
+    (tmp_path / "data" / name).write_bytes(broken)
+    source = open_stream(str(tmp_path / "data" / name), readers=1)
+    good, bad = set(), {}
+    for k in range(15):
+        try:
+            good.add(source[k].text)
+        except BadSample as error:
+            bad[error.key] = error.reason
+    assert {*bad} == {f"{name}:{i}" for i in range(5, 10)}
+    assert all(reason.startswith("cannot be read: row group 1: ") for reason in bad.values())
+    assert good == {f"{name} number {i}" for i in (*range(5), *range(10, 15))}
+
+
+def test_parquet_files_of_a_stream_have_the_same_columns(tmp_path: Path) -> None:
+    names = whole_names(12, 6, "parquet")
+    pattern = write(dict.fromkeys(names, 12), tmp_path / "data")
+    assert open_stream(pattern).understood() == ["text: column 'text', a text"]
+    pq.write_table(pa.table({"words": ["a"] * 12}), tmp_path / "data" / names[3])
+    with pytest.raises(UserError, match=rf"parquet .*{names[3]}: no column 'text'; there are words"):
+        by_epoch(open_stream(pattern), 1)
+    (tmp_path / "data" / names[3]).write_bytes(b"PAR1")
+    assert by_epoch(open_stream(pattern), 1)[0].count("lost") == 1
+    (tmp_path / "data" / names[0]).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"parquet .*{names[0]}: cannot be read"):
+        open_stream(pattern)
+
+
 def test_data_without_samples_are_refused(tmp_path: Path) -> None:
     source = open_stream(write({"a.tar": 0, "b.tar": 0}, tmp_path / "data"))
     with pytest.raises(UserError, match="no text samples to train on"):
@@ -386,7 +473,7 @@ def test_resampling_draws_shards_by_weight(tmp_path: Path) -> None:
     pattern = write(sizes, tmp_path / "data")
     weights = {often: 3.0, never: 0.0, "s*": 1.0}
     source = open_stream(pattern, tmp_path / "run", read="resample", shard_weights=weights)
-    dealt = Counter(source.shown[source.dealer.deal(r, t)[1]] for r in range(READERS) for t in range(500))
+    dealt = Counter(source.shown[source.dealer.deal(r, t)] for r in range(READERS) for t in range(500))
     assert dealt[never] == 0
     assert abs(dealt[often] / 2000 - 3 / 5) < 0.05
     drawn = keys_of(source, 0, 40)
@@ -412,20 +499,25 @@ def test_weights_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
 def test_dealing_never_overlaps() -> None:
     for shards, readers in ((1, 1), (5, 8), (40, 8), (33, 4)):
         dealer = Dealer(shards, readers, 3)
-        dealt = [dealer.deal(r, t) for r in range(readers) for t in range(3 * shards)]
+        dealt = [(dealer.epoch(r, t), dealer.deal(r, t)) for r in range(readers) for t in range(3 * shards)]
         for epoch in range(3 * shards * readers // shards - 1):
             assert sorted(s for e, s in dealt if e == epoch) == list(range(shards))
 
 
-def test_samples_come_with_images_as_random_access_gives_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("type", ["shards", "parquet"])
+def test_samples_come_with_images_as_random_access_gives_them(tmp_path: Path, type: str) -> None:
     from tests.data.test_files import SIZE, pairs, write_tar
-    from vlmoe.data.shards import ShardSource
+    from tests.data.test_tables import hub_table
 
-    write_tar(tmp_path / "a.tar", pairs(0, 30))
-    options = FileOptions("pair", str(tmp_path / "a.tar"), "train", SIZE)
-    whole = ShardSource(FileOptions("pair", options.path, "all", SIZE))
+    path = tmp_path / ("a.tar" if type == "shards" else "a.parquet")
+    if type == "shards":
+        write_tar(path, pairs(0, 30))
+    else:
+        pq.write_table(hub_table(0, 30), path, row_group_size=7)
+    options = FileOptions("pair", str(path), "train", SIZE)
+    whole = open_files(type, FileOptions("pair", options.path, "all", SIZE))
     random = {sample.key: sample for sample in (whole[i] for i in range(30))}
-    config = SourceConfig("shards", "pair", options.path, read="stream")
+    config = SourceConfig(type, "pair", options.path, read="stream")
     source = StreamSource(options, config, StreamConfig(readers=2, buffer=8), 0, 0)
 
     def same(one: Sample, two: Sample) -> bool:

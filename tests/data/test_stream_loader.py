@@ -24,9 +24,10 @@ SIZE = 12
 
 
 @pytest.fixture
-def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, int]:
+    """Eight files in "data": .tar, or of the suffix that a test asks for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    sizes = dict.fromkeys(whole_names(SIZE, 8), SIZE)
+    sizes = dict.fromkeys(whole_names(SIZE, 8, getattr(request, "param", "tar")), SIZE)
     (tmp_path / "data").mkdir()
     for name in sizes:
         (tmp_path / "data" / name).write_bytes(shard(name, SIZE))
@@ -34,9 +35,10 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def recipe_of(path: Path | str, **stream: Any) -> Recipe:
+    type = "parquet" if next(Path(path).glob("*.parquet"), None) else "shards"
     return small_recipe(
         data__batch={"image": 0, "text": 4, "pair": 0},
-        data__sources=[{"type": "shards", "kind": "text", "path": str(path), "read": "stream"}],
+        data__sources=[{"type": type, "kind": "text", "path": str(path), "read": "stream"}],
         data__stream={"readers": 4, "buffer": 10} | stream,
     )
 
@@ -66,6 +68,7 @@ def test_two_ranks_of_two_workers_read_an_epoch_exactly(tmp_path: Path, shards: 
     assert same_steps([read[n] for n in range(24)], [alone[n] for n in range(24)])
 
 
+@pytest.mark.parametrize("shards", ["tar", "parquet"], indirect=True)
 def test_a_killed_worker_changes_nothing(tmp_path: Path, shards: dict[str, int]) -> None:
     recipe = recipe_of(tmp_path / "data")
     lost: list[int] = []
@@ -115,7 +118,7 @@ def test_tokenizers_and_evaluation_read_streams_too(tmp_path: Path, shards: dict
         ({"read": "backwards"}, r"sources\[0\].read' got 'backwards', wanted random, stream or resample"),
         (
             {"read": "stream", "type": "folder"},
-            r"sources\[0\].read' got 'stream', wanted random, because folder has",
+            r"sources\[0\].read' got 'stream', wanted random, because folder is not read as a stream",
         ),
         ({"read": "stream", "shard_weights": {"a": 1.0}}, r"sources\[0\].shard_weights' got .* wanted none"),
         ({"read": "resample", "shard_weights": {"a": -1.0}}, r"sources\[0\].shard_weights' got .*numbers not below 0"),

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,18 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from vlmoe.config import UserError
 from vlmoe.data import urls
+from vlmoe.data.fetch import ALLOW_PIPE, Files, OpenFile
 from vlmoe.data.files import FileOptions
-from vlmoe.data.shards import ShardSource, expand_shards, shown_shards
-from vlmoe.data.urls import ALLOW_PIPE, FetchError, FetchOptions, Files, OpenFile, expand_url, is_url, without_query
+from vlmoe.data.parquet import ParquetSource
+from vlmoe.data.shards import ShardSource, expand_shards
+from vlmoe.data.urls import (
+    FetchError,
+    FetchOptions,
+    expand_url,
+    is_url,
+    shown_names,
+    without_query,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +59,10 @@ def test_patterns_of_urls() -> None:
     assert expand_shards("memory://a/x-{1..2}.tar") == ["memory://a/x-1.tar", "memory://a/x-2.tar"]
     assert expand_shards("memory://a") == ["memory:///a/b/x-3.tar", *names]
     assert expand_shards("https://host/a-{0..1}.tar?key=%2A") == [f"https://host/a-{i}.tar?key=%2A" for i in range(2)]
-    with pytest.raises(UserError, match="no file matches"):
+    with pytest.raises(UserError, match=r"memory://none/\*.tar: cannot be listed: not found: /none"):
         expand_shards("memory://none/*.tar")
+    with pytest.raises(UserError, match="no file matches"):
+        expand_shards("memory://a/*.tgz")
     with pytest.raises(UserError, match="chained URLs"):
         expand_shards("simplecache::memory://a/*.tar")
     with pytest.raises(UserError, match=r"nosuch://a.*nosuch"):
@@ -64,8 +76,8 @@ def test_file_urls_are_paths(tmp_path: Path) -> None:
 
 def test_secrets_are_not_shown() -> None:
     assert without_query("https://me:word@host/a.tar?sig=secret#x") == "https://host/a.tar"
-    assert shown_shards(["https://host/a.tar?sig=1", "https://host/b.tar?sig=2"]) == ["a.tar", "b.tar"]
-    assert shown_shards(["https://u:p@one/a.tar?sig=1", "https://two/a.tar"]) == [
+    assert shown_names(["https://host/a.tar?sig=1", "https://host/b.tar?sig=2"]) == ["a.tar", "b.tar"]
+    assert shown_names(["https://u:p@one/a.tar?sig=1", "https://two/a.tar"]) == [
         "https://one/a.tar",
         "https://two/a.tar",
     ]
@@ -157,7 +169,6 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def test_shards_over_http(server: str, tmp_path: Path) -> None:
-    pytest.importorskip("aiohttp")
     from tests.data.test_stream import shard
 
     for i in range(2):
@@ -179,3 +190,23 @@ def test_random_access_to_urls_needs_room_for_all_of_them() -> None:
     small = FetchOptions(limit=2 * len(shard("0.tar", 5)))
     with pytest.raises(UserError, match=r"3 of 3 have .* GB already, more than data.stream.cache_gb = .*read: stream"):
         ShardSource(FileOptions("text", "memory://d/*.tar", "all", fetch=small))
+
+
+def test_parquet_files_by_url() -> None:
+    from tests.data.test_stream import shard
+
+    names = [f"p/{split}-{i}.parquet" for split in ("train", "test") for i in range(2)]
+    for name in names:
+        put(name, shard(name, 7))
+    for pattern in ("memory://p/train-{0..1}.parquet", "memory://p/train-*.parquet"):
+        source = ParquetSource(FileOptions("text", pattern, "all"))
+        assert [source[i].text for i in (13, 0)] == ["p/train-1.parquet number 6", "p/train-0.parquet number 0"]
+        assert source[8].key == "train-1.parquet:1"
+        assert pickle.loads(pickle.dumps(source))[8].text == source.text(8) == "p/train-1.parquet number 1"
+    with pytest.raises(UserError, match=r"holds the splits test, train.*for example memory:.*train-"):
+        ParquetSource(FileOptions("text", "memory://p", "all"))
+    small = FetchOptions(limit=len(shard(names[0], 7)))
+    with pytest.raises(UserError, match=r"parquet .*: 2 of 2 have .* GB already.*read: stream"):
+        ParquetSource(FileOptions("text", "memory://p/train-*.parquet", "all", fetch=small))
+    with pytest.raises(UserError, match=r"parquet memory://p/none.parquet: cannot be read: not found: /p/none.parquet"):
+        ParquetSource(FileOptions("text", "memory://p/none.parquet", "all"))

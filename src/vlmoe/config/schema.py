@@ -112,20 +112,20 @@ class SourceConfig:
     type: str = "world"  # world, shards, folder, parquet, arrow (what `datasets` saves with save_to_disk)
     kind: str = "pair"  # what it yields: image, text, pair
     path: str = ""  # shards: brace or glob pattern of .tar files, or of their URLs; folder: directory;
-    # parquet, arrow: file, glob, folder
+    # parquet: file, brace or glob pattern, folder, or their URLs; arrow: file, glob, folder
     weight: float = 1.0  # its share among the sources of its kind
     held_out: float = 0.01  # files: share of the samples, by hash, that training never sees; 1: all, for validation
     image_column: str = "image"  # parquet, arrow: where images are
     text_column: str = "text"  # parquet, arrow: where texts are; also the key in .json members, .json files and tables
     images: str = ""  # parquet, arrow: folder of images that rows name by their path; empty: the file's own
     turns: str = "answer"  # where the text is a conversation: answer, the first one; all, one after the other
-    read: str = "random"  # shards: random (access), stream (shard by shard, in epochs), resample (shards drawn anew)
-    shard_weights: dict[str, float] = field(default_factory=dict)  # resample: name pattern -> how often, 1 for others
+    read: str = "random"  # shards, parquet: random (access), stream (file by file, in epochs), resample (files drawn)
+    shard_weights: dict[str, float] = field(default_factory=dict)  # resample: file pattern -> how often, 1 for others
 
 
 @dataclass
 class StreamConfig:
-    """How shards are read that are not read at random (`read` of a source), and how files are brought from URLs."""
+    """How files are read that are not read at random (`read` of a source), and how they are brought from URLs."""
 
     readers: int = 8  # streams that micro-batches take in turn; data.workers should divide it
     buffer: int = 20_000  # samples of a stream that are shuffled together

@@ -169,8 +169,8 @@ def _changed(a: AugmentConfig) -> dict[str, Any]:
 
 def _reading(source: SourceConfig, key: str, need: Need) -> None:
     need(source.read in {"random", "stream", "resample"}, f"{key}.read", source.read, "random, stream or resample")
-    need(source.read == "random" or source.type == "shards", f"{key}.read", source.read,
-         f"random, because {source.type} has no shards")  # fmt: skip
+    need(source.read == "random" or source.type in {"shards", "parquet"}, f"{key}.read", source.read,
+         f"random, because {source.type} is not read as a stream")  # fmt: skip
     weights = source.shard_weights
     need(not weights or source.read == "resample", f"{key}.shard_weights", weights,
          f"none, because with `read: {source.read}` each shard comes as often as any other")  # fmt: skip

@@ -32,7 +32,7 @@ class ArrowSource(FileSource):
 
     def __init__(self, options: FileOptions) -> None:
         super().__init__(options)
-        self.paths = expand_tables(options.path, ".arrow")
+        self.paths = [Path(name) for name in expand_tables(options.path, ".arrow")]
         self.shown = shown_below(self.paths)
         self._tables: dict[int, pa.Table] = {}
         counts, hashes = [], []
@@ -74,7 +74,7 @@ class ArrowSource(FileSource):
             one = self._tables[file].slice(place, 1)
             one.validate(full=True)  # what is mapped was written by anyone: offsets may lead anywhere
             values = {name: one.column(name)[0] for name in one.column_names}
-            return self.columns.parts(values, key, roots_of(self.options, self.paths[file]), image)
+            return self.columns.parts(values, key, roots_of(self.options, str(self.paths[file])), image)
         except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
             raise BadSample(key, f"cannot be read: {error}") from None
 

@@ -264,8 +264,8 @@ def _read_path(path: Any, key: str, roots: Sequence[Path]) -> bytes:
         raise BadSample(key, f"image is a link: {text}, and no bytes are stored with it")
     below = [root for root in roots if not Path(text).is_absolute() or Path(text).is_relative_to(root.absolute())]
     if not below or ".." in Path(text).parts or "\0" in text:
-        folders = " or ".join(map(str, roots))
-        raise BadSample(key, f"image's path leads elsewhere: {text} is not below {folders}; set `images` to its folder")
+        where = f"is not below {' or '.join(map(str, roots))}" if roots else "and the table is not of this machine"
+        raise BadSample(key, f"image's path leads elsewhere: {text} {where}; set `images` to its folder")
     tried = [root / text for root in below]
     file = next((p for p in tried if p.is_file()), tried[0])
     try:

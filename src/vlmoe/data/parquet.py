@@ -1,13 +1,18 @@
 """Samples in parquet files: those of Hugging Face's hub, or anybody's.
 
-Parquet is read a row group at a time, so one sample costs its whole group. Two things keep that bearable: the groups
-used last are kept in memory up to a limit, and an epoch's order (`order`) shuffles the groups, then the samples within
-a window of groups that fits that memory. Every sample still comes exactly once.
+Parquet is read a row group at a time, so one sample costs its whole group. Where files are read at random two things
+keep that bearable: the groups used last are kept in memory up to a limit, and an epoch's order (`order`) shuffles the
+groups, then the samples within a window of groups that fits that memory. Every sample still comes exactly once. Where
+they are read as a stream, a file's columns are unpacked on disk while its samples are in use.
 """
 
 from __future__ import annotations
 
+import functools
+import mmap
+import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmoe.config import UserError
-from vlmoe.data.accounts import Account, account_of_files, shown_below
+from vlmoe.data.accounts import Account, account_of_files
 from vlmoe.data.columns import Columns
 from vlmoe.data.counter import hash64, shuffled
-from vlmoe.data.files import FileOptions, FileSource, Parts, hash_entries, split_rows
+from vlmoe.data.fetch import FileList, OpenFile
+from vlmoe.data.files import FileOptions, FileSource, Parts, chosen_rows, hash_entries, is_held_out, split_rows
 from vlmoe.data.sample import BadSample
 from vlmoe.data.table_files import expand_tables, roots_of
+from vlmoe.data.urls import FetchError, file_name, persist, shown_names, without_query
 
 WINDOW_BYTES = 1 << 28  # of decoded row groups kept in memory, in each worker; one group is kept whatever its size
 
@@ -29,29 +36,38 @@ WINDOW_BYTES = 1 << 28  # of decoded row groups kept in memory, in each worker; 
 class ParquetSource(FileSource):
     """Rows of parquet files; `columns` says in which forms they hold image, text and codes.
 
+    files: their names, instead of those that the options' path stands for; of few, none may be held out.
+
     Raises UserError when a file is no parquet file, lacks a column, has it in a form that is not read, or all of them
-    are empty.
+    are empty; likewise when files cannot be had, or those of URLs together exceed what is kept of such files.
     """
 
-    def __init__(self, options: FileOptions) -> None:
+    def __init__(self, options: FileOptions, files: list[str] | None = None) -> None:
         super().__init__(options)
-        self.paths = expand_tables(options.path, ".parquet")
-        self.columns = Columns(self._about(self.paths[0]).schema.to_arrow_schema(), options, f"parquet {self.paths[0]}")
-        self.shown = shown_below(self.paths)
+        self.names = files or expand_tables(options.path, ".parquet")
+        self.files = FileList(self.names, options.fetch, "parquet")
+        self.shown = shown_names(self.names)
         groups: list[tuple[int, int, int, int]] = []  # file, group in it, rows, bytes
         hashes = [np.zeros(0, dtype=np.uint64)]
-        for number, path in enumerate(self.paths):
-            about = self._about(path)
-            self.columns.check_same(about.schema.to_arrow_schema(), f"parquet {path}")
+        for number, file in enumerate(self.files.bring(bounded=files is None)):
+            where = f"parquet {without_query(self.names[number])}"
+            about = self._about(file, where)
+            if not number:
+                self.columns = Columns(about.schema.to_arrow_schema(), options, where)
+            self.columns.check_same(about.schema.to_arrow_schema(), where)
             for g in range(about.num_row_groups):
                 group = about.row_group(g)
                 groups.append((number, g, group.num_rows, group.total_byte_size))
-            hashes.append(hash_entries(path.name, about.num_rows))
+            hashes.append(hash_entries(file_name(self.names[number]), about.num_rows))
         self.groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self.starts = np.concatenate([[0], np.cumsum(self.groups[:, 2])])
         if not self.starts[-1]:
             raise UserError(f"parquet {options.path}: no rows")
-        self.rows = split_rows(np.concatenate(hashes), options.split, options.held_out)
+        hash_N, share = np.concatenate(hashes), options.held_out
+        if files is None:
+            self.rows = split_rows(hash_N, options.split, share)
+        else:
+            self.rows = chosen_rows(is_held_out(hash_N, share), options.split)
         self.firsts = np.searchsorted(self.rows, self.starts)  # of each group, counted in rows of the split
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._order: tuple[int, Any] = (-1, None)  # of the epoch asked for last
@@ -59,11 +75,11 @@ class ParquetSource(FileSource):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict()}
 
-    def _about(self, path: Path) -> pq.FileMetaData:
+    def _about(self, file: OpenFile, where: str) -> pq.FileMetaData:
         try:
-            return pq.read_metadata(path)
+            return pq.read_metadata(file.reader())
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"parquet {path}: cannot be read: {error}") from None
+            raise UserError(f"{where}: cannot be read: {error}") from None
 
     def understood(self) -> list[str]:
         return self.columns.understood()
@@ -79,7 +95,7 @@ class ParquetSource(FileSource):
         return f"{self.shown[file]}:{row - first}"
 
     def account(self) -> Account:
-        return account_of_files(self.options.path, self.paths, ".parquet")
+        return account_of_files(self.options.path, [Path(name) for name in self.names], ".parquet")
 
     def read(self, row: int, image: bool) -> Parts:
         group, place = self._locate(row)
@@ -87,8 +103,8 @@ class ParquetSource(FileSource):
         try:
             table = self._table(group, image)
             values = {name: table.column(name)[place] for name in table.column_names}
-            return self.columns.parts(values, key, roots_of(self.options, self.paths[self.groups[group, 0]]), image)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            return self.columns.parts(values, key, roots_of(self.options, self.names[self.groups[group, 0]]), image)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, FetchError) as error:
             raise BadSample(key, f"cannot be read: {error}") from None
 
     def _table(self, group: int, image: bool) -> pa.Table:
@@ -98,7 +114,7 @@ class ParquetSource(FileSource):
             return self._cache[group]
         file, number = self.groups[group, :2].tolist()
         columns = [c.name for part, c in self.columns.found.items() if image or part == "text"]
-        with pq.ParquetFile(self.paths[file]) as parquet:
+        with pq.ParquetFile(self.files[file].reader()) as parquet:
             table = parquet.read_row_group(number, columns=columns, use_threads=False)
         if image or self.kind == "text":
             self._cache[group] = table
@@ -132,3 +148,66 @@ class ParquetSource(FileSource):
         result = groups, starts, np.array([*windows, starts[-1]], dtype=np.int64)
         self._order = key, result
         return result
+
+
+def columns_of(files: Sequence[str], options: FileOptions) -> Columns:
+    """The columns of the first file that has them. Raises UserError."""
+    name = f"parquet {without_query(files[0])}"
+    try:
+        file = FileList(files[:1], options.fetch, "parquet")[0]
+        return Columns(pq.read_schema(file.reader()), options, name)
+    except (pa.ArrowException, OSError, FetchError) as error:
+        raise UserError(f"{name}: cannot be read: {error}") from None
+
+
+class OpenTable:
+    """A parquet file at hand, its rows in any order: as row groups are costly to read again, and many to keep in
+    memory, the columns that are wanted are unpacked into an Arrow file, which has no name and ends with this object.
+
+    folder: where that lies. Rows of a row group that cannot be read are bad samples.
+
+    Raises OSError and ArrowException where nothing can be read, UserError where the columns are not as in other files.
+    """
+
+    def __init__(self, file: OpenFile, name: str, columns: Columns, folder: Path) -> None:
+        self.name, self.columns = name, columns
+        options, names = columns.options, columns.names
+        with pq.ParquetFile(file.reader()) as parquet, tempfile.TemporaryFile(dir=folder) as out:
+            columns.check_same(parquet.schema_arrow, f"parquet {without_query(name)}")
+            rows = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
+            self.ends = np.cumsum(rows, dtype=np.int64)
+            schema = pa.schema([parquet.schema_arrow.field(column) for column in names])
+            self.damage: dict[int, str] = {}  # row group -> why it cannot be read
+            with pa.ipc.new_stream(out, schema) as writer:
+                for group in range(len(rows)):
+                    read = functools.partial(parquet.read_row_group, group, names, use_threads=False)
+                    try:
+                        table = persist(read, options.fetch.attempts)
+                    except FetchError as error:
+                        self.damage[group] = str(error)
+                    else:
+                        writer.write_table(table.select(names))
+            out.flush()
+            mapped = mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ)
+        self.table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+        whole = [0 if group in self.damage else count for group, count in enumerate(rows)]
+        self.before = np.cumsum([0, *whole])  # rows that are at hand before each row group
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def key(self, row: int, shown: str) -> str:
+        """shown: what the file is called in keys."""
+        return f"{shown}:{row}"
+
+    def read(self, row: int, key: str, image: bool) -> Parts:
+        """Raises BadSample."""
+        group = int(np.searchsorted(self.ends, row, side="right"))
+        if group in self.damage:
+            raise BadSample(key, f"cannot be read: row group {group}: {self.damage[group]}")
+        place = row - (int(self.ends[group - 1]) if group else 0) + int(self.before[group])
+        values = {name: self.table.column(name)[place] for name in self.table.column_names}
+        try:
+            return self.columns.parts(values, key, roots_of(self.columns.options, self.name), image)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise BadSample(key, f"cannot be read: {error}") from None

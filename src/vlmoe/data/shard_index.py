@@ -26,10 +26,10 @@ from rich.progress import track
 
 from vlmoe.config import parse_json
 from vlmoe.data.accounts import Ignored, short
+from vlmoe.data.fetch import cache_folder
 from vlmoe.data.members import PARTS, Named, entries_of, name_of
 from vlmoe.data.packed import Numbers, Packed, Packer
 from vlmoe.data.tar import DamagedTar, Member, read_members
-from vlmoe.data.urls import cache_folder
 
 FORMAT = "4"  # of a cached index
 MAX_PART_BYTES = 1 << 28  # no image, text or array of a sample is larger

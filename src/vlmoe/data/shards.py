@@ -10,23 +10,30 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import braceexpand
 import numpy as np
 
 from vlmoe.config import UserError
-from vlmoe.data.accounts import Account, account_of_files, short, shown_below
+from vlmoe.data.accounts import Account, account_of_files, short
+from vlmoe.data.fetch import FileList, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, decode_codes, decode_json, decode_text
 from vlmoe.data.members import PARTS
 from vlmoe.data.rows import SplitRows
 from vlmoe.data.sample import BadSample
 from vlmoe.data.shard_index import MAX_PART_BYTES, Indexes, ShardIndex, index_shards, scan_shard
-from vlmoe.data.urls import FetchError, Files, OpenFile, expand_url, file_name, is_url, local_path, without_query
+from vlmoe.data.urls import (
+    FetchError,
+    expand_url,
+    file_name,
+    is_url,
+    local_path,
+    shown_names,
+    without_query,
+)
 from vlmoe.data.walk import walk_files
-
-_OPEN = 128  # shards kept open, of each source
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -75,16 +82,6 @@ def compressed(magic: bytes) -> bool:
     return magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd" or magic[:3] == b"BZh"
 
 
-def shown_shards(names: list[str]) -> list[str]:
-    """How shards are called in keys: by their file's name, where two share one by more of it."""
-    if not any(map(is_url, names)):
-        return shown_below([Path(name) for name in names])
-    files = [file_name(name) for name in names]
-    if len(set(files)) < len(files):
-        files = [without_query(name) for name in names]
-    return [short(os.fsencode(name)) for name in files]
-
-
 def read_entry(descriptor: int, index: ShardIndex, entry: int, key: str, options: FileOptions, image: bool) -> Parts:
     """The raw parts of an entry of a shard, the image only if asked for. Raises BadSample."""
     if entry >= len(index.keys):
@@ -121,6 +118,26 @@ def _part(descriptor: int, index: ShardIndex, entry: int, part: str, key: str) -
     return raw
 
 
+class OpenShard:
+    """A shard at hand. Raises FetchError where it is compressed."""
+
+    def __init__(self, file: OpenFile, options: FileOptions) -> None:
+        if compressed(os.pread(file.descriptor, 4, 0)):
+            raise FetchError("compressed; a plain .tar file is needed")
+        self.file, self.index, self.options = file, scan_shard(file.descriptor), options
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def key(self, entry: int, shard: str) -> str:
+        """shard: what it is called in keys."""
+        return f"{shard}/{short(self.index.keys[entry])}" if entry < len(self.index.keys) else shard
+
+    def read(self, entry: int, key: str, image: bool) -> Parts:
+        """Raises BadSample."""
+        return read_entry(self.file.descriptor, self.index, entry, key, self.options, image)
+
+
 class ShardSource(FileSource):
     """Samples of WebDataset shards.
 
@@ -136,49 +153,22 @@ class ShardSource(FileSource):
     def __init__(self, options: FileOptions, shards: list[str] | None = None) -> None:
         super().__init__(options)
         self.shards = shards or expand_shards(options.path)
-        self.files = Files(options.fetch)
-        self._open: OrderedDict[int, OpenFile] = OrderedDict()  # the shards used last
+        self.files = FileList(self.shards, options.fetch, "shard")
         if any(map(is_url, self.shards)):
-            limit = options.fetch.limit if shards is None else None
-            self.indexes = Indexes(dict(enumerate(self._bring(limit))), [])
+            self.indexes = Indexes(dict(enumerate(self._scan(bounded=shards is None))), [])
         else:
             self.indexes = index_shards(self.shards)
         counts = self.indexes.counts.tolist()
         self.starts = np.cumsum([0, *counts])
-        self.shown = shown_shards(self.shards)
+        self.shown = shown_names(self.shards)
         names = [file_name(name) for name in self.shards]
         self.rows = SplitRows(names, counts, options.split, options.held_out, at_least_one=shards is None)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": OrderedDict()}
-
-    def _bring(self, limit: int | None) -> list[ShardIndex]:
-        indexes, size = [], 0
-        for shard, name in enumerate(self.shards):
-            try:
-                file = self._opened(shard)
-            except FetchError as error:
-                raise UserError(f"shard {without_query(name)}: cannot be read: {error}") from None
-            size += file.size
-            if limit is not None and size > limit:
-                raise UserError(
-                    f"shards {self.options.path}: {shard + 1} of {len(self.shards)} have {size / 1e9:.3g} GB already, "
-                    f"more than data.stream.cache_gb = {limit / 1e9:g}, and random access needs all "
-                    "of them: read them with `read: stream`, or set it higher"
-                )
+    def _scan(self, bounded: bool) -> Iterator[ShardIndex]:
+        for name, file in zip(self.shards, self.files.bring(bounded), strict=True):
             if compressed(os.pread(file.descriptor, 4, 0)):
                 raise UserError(f"shard {without_query(name)}: compressed; a plain .tar file is needed")
-            indexes.append(scan_shard(file.descriptor))
-        return indexes
-
-    def _opened(self, shard: int) -> OpenFile:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-        else:
-            self._open[shard] = self.files.open(self.shards[shard])
-            if len(self._open) > _OPEN:
-                self._open.popitem(last=False)
-        return self._open[shard]
+            yield scan_shard(file.descriptor)
 
     def locate(self, row: int) -> tuple[int, int]:
         """(shard, entry in it)."""
@@ -194,7 +184,7 @@ class ShardSource(FileSource):
         shard, entry = self.locate(row)
         key = self.key(row)
         try:
-            file = self._opened(shard)
+            file = self.files[shard]
         except FetchError as error:
             raise BadSample(key, f"cannot be read: {error}") from None
         return read_entry(file.descriptor, self.indexes[shard], entry, key, self.options, image)

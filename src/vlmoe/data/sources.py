@@ -62,7 +62,7 @@ def build_sources(
             elif split == "train":
                 source = StreamSource(options, config, data.stream, seed, number, record)
             else:
-                source = held_out_of_stream(options)
+                source = held_out_of_stream(options, config.type)
         built.append((source, config.weight))
     if not built:
         raise UserError(f"data.sources: no source has {kind} samples for the split '{split}'")
@@ -85,7 +85,7 @@ def understood_of(sources: Iterable[Source]) -> list[str]:
     return [
         f"{source.kind} of {source.name}: {line}"
         for source in sources
-        if isinstance(source, FileSource)
+        if isinstance(source, (FileSource, StreamSource))
         for line in source.understood()
     ]
 

@@ -1,4 +1,6 @@
-"""WebDataset shards read one after another, for data too large to index: `read: stream` and `read: resample`.
+"""Shards read one after another, for data too large to index: `read: stream` and `read: resample`.
+
+A shard is a WebDataset .tar file or a parquet file.
 
 What a run reads is a function of the recipe and of the micro-batch's number here too, as with random access. So no
 reader has a state that must be saved, any number of workers or ranks gives the same batches, and a run resumes, or goes
@@ -9,7 +11,7 @@ back, at any step. In detail:
 - A reader takes shards in turns. In epochs, all shards are shuffled epoch by epoch and written in a row, and the turns
   of reader r are places r, r + readers, r + 2 readers, ... of it: no shard is dealt twice in an epoch, none is left
   out, and no reader is ever more than one shard ahead of another. Resampling, each turn draws a shard with replacement.
-- A shard is brought whole and scanned when its turn comes. Its samples stand in the stream in its own order; those held
+- A shard is brought whole and opened when its turn comes. Its samples stand in the stream in its own order; those held
   out are passed over.
 - The stream is cut into blocks of `buffer` samples (fewer where an epoch ends), and each block is shuffled. A buffer
   that is refilled sample by sample mixes a little better, but what it holds follows from all that went before; a block
@@ -30,26 +32,26 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import multiprocessing
-import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vlmoe.config import SourceConfig, StreamConfig, UserError
-from vlmoe.data.accounts import short
 from vlmoe.data.augment import Views
 from vlmoe.data.counter import hash64, shuffled
-from vlmoe.data.files import FileOptions, Parts, choose_caption, make_sample
+from vlmoe.data.fetch import Ahead, Files, OpenFile
+from vlmoe.data.files import FileOptions, FileSource, Parts, choose_caption, make_sample
 from vlmoe.data.ledger import Ledger, Turn
+from vlmoe.data.parquet import OpenTable, ParquetSource, columns_of
 from vlmoe.data.rows import rows_of_file
 from vlmoe.data.sample import ENDLESS, BadSample, Sample
-from vlmoe.data.shard_index import ShardIndex, scan_shard
-from vlmoe.data.shards import ShardSource, compressed, expand_shards, read_entry, shown_shards
-from vlmoe.data.urls import Ahead, FetchError, Files, OpenFile, file_name, is_url, persist, without_query
+from vlmoe.data.shards import OpenShard, ShardSource, expand_shards
+from vlmoe.data.table_files import expand_tables
+from vlmoe.data.urls import FetchError, file_name, is_url, persist, shown_names, without_query
 
 LOST_IN_A_ROW = 8  # shards that a reader may lose one after the other
 FEW = 64  # samples of a block that may all be bad
@@ -66,22 +68,39 @@ class Dealer:
     key: int
     until: np.ndarray | None = None
 
-    def deal(self, reader: int, turn: int) -> tuple[int, int]:
-        """(epoch, shard); resampling knows one epoch, which never ends."""
+    def epoch(self, reader: int, turn: int) -> int:
+        """Resampling knows one, which never ends."""
+        return (reader + turn * self.readers) // self.shards if self.until is None else 0
+
+    def deal(self, reader: int, turn: int) -> int:
+        """The shard."""
         if self.until is None:
             epoch, place = divmod(reader + turn * self.readers, self.shards)
-            return epoch, shuffled(place, self.shards, hash64("shards", self.key, epoch))
+            return shuffled(place, self.shards, hash64("shards", self.key, epoch))
         most = np.nextafter(self.until[-1], 0)
         drawn = min((hash64("draw", self.key, reader, turn) >> 11) / 2**53 * self.until[-1], most)
-        return 0, int(np.searchsorted(self.until, drawn, side="right"))
+        return int(np.searchsorted(self.until, drawn, side="right"))
+
+
+class Shard(Protocol):
+    """A shard at hand, its entries in any order."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, entry: int, shown: str) -> str:
+        """shown: what the shard is called in keys."""
+        ...
+
+    def read(self, entry: int, key: str, image: bool) -> Parts:
+        """The raw parts of an entry, the image only if asked for. Raises BadSample."""
+        ...
 
 
 @dataclass
-class OpenShard:
-    """A shard at hand. rows: its entries that belong to the split."""
+class Opened:
+    """rows: the shard's entries that belong to the split."""
 
-    file: OpenFile
-    index: ShardIndex
+    shard: Shard
     rows: np.ndarray
 
 
@@ -96,7 +115,7 @@ class Reader:
         self.epochs = [0]  # where each epoch begins that has begun, likewise
         self.pending: list[Turn] = []  # turns that are not in the ledger yet
         self.start = self.stop = self.key = 0  # of the block at hand
-        self.open: dict[int, OpenShard] = {}  # by turn, of that block
+        self.open: dict[int, Opened] = {}  # by turn, of that block
         self.failed: dict[int, str] = {}  # turns of it whose shard was had before, and not now
         self.ahead: tuple[int, Ahead] | None = None
         self._follow()
@@ -136,14 +155,14 @@ class Reader:
             turn = self._look(len(self.ends))
             empty = 0 if turn.entries else empty + 1
             if empty > 2 * len(self.source.shards):
-                raise UserError(f"shards {self.source.name}: no {self.source.kind} samples to train on")
+                raise UserError(f"{self.source.type} {self.source.name}: no {self.source.kind} samples to train on")
             self.pending.append(turn)
             lost = self.pending[-LOST_IN_A_ROW:]
             if len(lost) == LOST_IN_A_ROW and all(turn.lost for turn in lost):
                 self._forget()
                 raise UserError(
-                    f"shards {self.source.name}: {LOST_IN_A_ROW} in a row cannot be read; the last, {turn.shard}: "
-                    f"{turn.lost}. The run can be resumed when they can"
+                    f"{self.source.type} {self.source.name}: {LOST_IN_A_ROW} in a row cannot be read; the last, "
+                    f"{turn.shard}: {turn.lost}. The run can be resumed when they can"
                 )
             self._add(turn)
             behind = [n for n in self.open if self.ends[n] <= until - 2 * self.source.stream.buffer]
@@ -151,7 +170,7 @@ class Reader:
                 del self.open[n]
 
     def _look(self, number: int) -> Turn:
-        _, shard = self.source.dealer.deal(self.number, number)
+        shard = self.source.dealer.deal(self.number, number)
         name = self.source.shown[shard]
         try:
             self.open[number] = self._bring(number)
@@ -161,9 +180,8 @@ class Reader:
 
     def _add(self, turn: Turn) -> None:
         self.ends.append((self.ends[-1] if self.ends else 0) + turn.entries)
-        deal = self.source.dealer.deal
-        epoch, now = deal(self.number, len(self.ends))[0], deal(self.number, len(self.ends) - 1)[0]
-        if epoch != now:
+        epoch = self.source.dealer.epoch
+        if epoch(self.number, len(self.ends)) != epoch(self.number, len(self.ends) - 1):
             self.epochs.append(self.ends[-1])
 
     def _follow(self) -> None:
@@ -202,15 +220,14 @@ class Reader:
         about = self.ledger.turns[turn]
         if about.lost:
             raise BadSample(about.shard, f"lost shard: {about.lost}", about.samples)
-        shard = self._shard(turn, about)
-        row = int(shard.rows[place])
-        keys = shard.index.keys
-        key = f"{about.shard}/{short(keys[row])}" if row < len(keys) else about.shard
-        parts = read_entry(shard.file.descriptor, shard.index, row, key, self.source.options, image)
-        epoch = self.source.dealer.deal(self.number, turn)[0]
+        opened = self._opened(turn, about)
+        row = int(opened.rows[place])
+        key = opened.shard.key(row, about.shard)
+        parts = opened.shard.read(row, key, image)
+        epoch = self.source.dealer.epoch(self.number, turn)
         return parts, key, row + (epoch if self.source.dealer.until is None else turn)
 
-    def _shard(self, turn: int, about: Turn) -> OpenShard:
+    def _opened(self, turn: int, about: Turn) -> Opened:
         if turn in self.failed:
             raise BadSample(about.shard, self.failed[turn])
         if turn not in self.open:
@@ -227,24 +244,19 @@ class Reader:
             )
         return self.open[turn]
 
-    def _bring(self, turn: int) -> OpenShard:
-        name = self.source.shards[self.source.dealer.deal(self.number, turn)[1]]
+    def _bring(self, turn: int) -> Opened:
+        name = self.source.shards[self.source.dealer.deal(self.number, turn)]
         if self.ahead is not None and self.ahead[0] == turn:
             file = self.ahead[1].take()
         else:
             file = self.source.files.open(name)
-        following = self.source.shards[self.source.dealer.deal(self.number, turn + 1)[1]]
+        following = self.source.shards[self.source.dealer.deal(self.number, turn + 1)]
         worker = multiprocessing.current_process().daemon  # no fork will break a thread of its
         if worker and is_url(following) and (self.ahead is None or self.ahead[0] <= turn):
             self.ahead = turn + 1, Ahead(self.source.files, following)
-        index = persist(lambda: self._scan(file), self.source.options.fetch.attempts)
-        if index is None:
-            raise FetchError("compressed; a plain .tar file is needed")
+        shard = persist(lambda: self.source.make(file, name), self.source.options.fetch.attempts, (FetchError,))
         options = self.source.options
-        return OpenShard(file, index, rows_of_file(file_name(name), len(index), options.split, options.held_out))
-
-    def _scan(self, file: OpenFile) -> ShardIndex | None:
-        return None if compressed(os.pread(file.descriptor, 4, 0)) else scan_shard(file.descriptor)
+        return Opened(shard, rows_of_file(file_name(name), len(shard), options.split, options.held_out))
 
 
 class StreamSource:
@@ -252,7 +264,8 @@ class StreamSource:
 
     number: the source's, in the recipe. record: the folder of the ledgers; None keeps them in memory.
 
-    Raises UserError when the pattern stands for no shard, or all have the weight 0.
+    Raises UserError when the pattern stands for no shard, all have the weight 0, or the first of parquet files cannot
+    be had or lacks a column.
     """
 
     def __init__(
@@ -267,8 +280,10 @@ class StreamSource:
         self.options, self.stream, self.record = options, stream, record
         self.kind, self.name, self.id = options.kind, options.path, f"{options.kind}-{number}"
         self.readers = stream.readers
-        self.shards = expand_shards(options.path)
-        self.shown = shown_shards(self.shards)
+        self.type = config.type
+        self.shards = expand_shards(options.path) if self.type == "shards" else expand_tables(options.path, ".parquet")
+        self.columns = columns_of(self.shards, options) if self.type == "parquet" else None
+        self.shown = shown_names(self.shards)
         self.files = Files(options.fetch)
         self.key = hash64("stream", seed, options.kind, number)
         until = np.cumsum(shard_weights(self.shards, config)) if config.read == "resample" else None
@@ -284,6 +299,16 @@ class StreamSource:
 
     def __len__(self) -> int:
         return ENDLESS
+
+    def make(self, file: OpenFile, name: str) -> Shard:
+        """What reads the entries of a shard that has been brought."""
+        if self.columns is None:
+            return OpenShard(file, self.options)
+        return OpenTable(file, name, self.columns, self.files.made_folder())
+
+    def understood(self) -> list[str]:
+        """As of `FileSource`."""
+        return self.columns.understood() if self.columns is not None else []
 
     def __getitem__(self, index: int) -> Sample:
         return self.draw(index, 0)
@@ -324,18 +349,19 @@ def shard_weights(shards: Sequence[str], config: SourceConfig) -> np.ndarray:
     for pattern, weight in config.shard_weights.items():
         fits = np.array([fnmatch.fnmatchcase(file_name(s), pattern) or fnmatch.fnmatchcase(s, pattern) for s in shards])
         if not fits.any():
-            raise UserError(f"shards {config.path}: no shard's name fits '{pattern}' of shard_weights")
+            raise UserError(f"{config.type} {config.path}: no shard's name fits '{pattern}' of shard_weights")
         weights[fits & ~weighed] = weight
         weighed |= fits
     if not weights.sum() > 0:
-        raise UserError(f"shards {config.path}: shard_weights leaves nothing to draw")
+        raise UserError(f"{config.type} {config.path}: shard_weights leaves nothing to draw")
     return weights
 
 
-def held_out_of_stream(options: FileOptions) -> ShardSource:
+def held_out_of_stream(options: FileOptions, type: str = "shards") -> FileSource:
     """The held-out samples of a stream that are evaluated on, by random access: those of its first shards, so many of
     them as would hold about HELD_OUT_SAMPLES if all were like the first."""
-    shards = expand_shards(options.path)
-    first = ShardSource(options, shards[:1])
+    opened: Callable[[FileOptions, list[str]], FileSource] = ShardSource if type == "shards" else ParquetSource
+    shards = expand_shards(options.path) if type == "shards" else expand_tables(options.path, ".parquet")
+    first = opened(options, shards[:1])
     wanted = -(-HELD_OUT_SAMPLES // max(1, len(first)))
-    return ShardSource(options, shards[:wanted]) if wanted > 1 else first
+    return opened(options, shards[:wanted]) if wanted > 1 else first

@@ -8,8 +8,11 @@ import os
 import re
 from pathlib import Path
 
+import braceexpand
+
 from vlmoe.config import UserError, read_json
 from vlmoe.data.files import FileOptions
+from vlmoe.data.urls import expand_url, is_url, local_path
 from vlmoe.data.walk import walk_files
 
 SPLITS = {
@@ -19,32 +22,48 @@ SPLITS = {
 STATE, DICT = "state.json", "dataset_dict.json"  # of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
 
 
-def expand_tables(pattern: str, suffix: str) -> list[Path]:
-    """Files of a path, glob pattern or folder. suffix: ".parquet" or ".arrow".
+def expand_tables(pattern: str, suffix: str) -> list[str]:
+    """Files of a path, glob pattern or folder, in order; of parquet files also of URLs and of a pattern with braces.
 
-    Raises UserError: there are none, a folder holds several splits, or lacks a file that its data set names.
+    suffix: ".parquet" or ".arrow". Raises UserError: there are none, a folder holds several splits, or lacks a file
+    that its data set names.
     """
     kind = suffix[1:]
-    if os.path.isdir(pattern):
-        found = _in_folder(Path(pattern), suffix)
-    elif glob.has_magic(pattern) and not os.path.exists(pattern):
-        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
+    if os.path.exists(pattern) or suffix != ".parquet":
+        names = [pattern]
     else:
-        found = [Path(pattern)] if os.path.isfile(pattern) else []
+        try:
+            names = [local_path(name) for name in braceexpand.braceexpand(pattern, escape=False)]
+        except ValueError as error:  # of a pattern with unbalanced braces
+            raise UserError(f"{kind} {pattern}: {error}") from None
+    found: list[str] = []
+    for name in names:
+        if is_url(name):
+            found += _one_split(expand_url(name, suffix), name, kind)
+        elif os.path.isdir(name):
+            found += _in_folder(Path(name), suffix)
+        elif glob.has_magic(name) and not os.path.exists(name):
+            found += [p for p in sorted(glob.glob(name, recursive=True)) if os.path.isfile(p)]
+        elif os.path.isfile(name):
+            found.append(name)
+        elif len(names) > 1:
+            raise UserError(f"{kind} {pattern}: no file {name}")
     if not found:
         raise UserError(f"{kind} {pattern}: no such file, and nothing matches")
-    return found
+    return list(dict.fromkeys(found))
 
 
-def roots_of(options: FileOptions, file: Path) -> list[Path]:
-    """The folders that paths of images in a file may be relative to, in the order in which they are tried."""
+def roots_of(options: FileOptions, file: str) -> list[Path]:
+    """The folders that paths of images in a file may be relative to, in the order in which they are tried; none for a
+    file from elsewhere."""
     if options.images:
         return [Path(options.images)]
-    return [file.parent, *([Path(options.path)] if os.path.isdir(options.path) else [])]
+    if is_url(file):
+        return []
+    return [Path(file).parent, *([Path(options.path)] if os.path.isdir(options.path) else [])]
 
 
-def _in_folder(folder: Path, suffix: str) -> list[Path]:
-    kind = suffix[1:]
+def _in_folder(folder: Path, suffix: str) -> list[str]:
     if suffix == ".arrow" and (folder / STATE).is_file():
         return _saved(folder)
     names = sorted(name for name in walk_files(folder).files if name.lower().endswith(suffix))
@@ -58,15 +77,23 @@ def _in_folder(folder: Path, suffix: str) -> list[Path]:
         if saved:
             return _saved(folder / saved[0])
         names = [name for name in names if not os.path.basename(name).startswith("cache-")]  # of a data set's `map`
-    splits = sorted({split for split in map(split_of, names) if split})
+    return _one_split([str(folder / name) for name in names], str(folder), suffix[1:])
+
+
+def _one_split(files: list[str], folder: str, kind: str) -> list[str]:
+    """The files that a folder or a URL stands for; a pattern in it may choose a split. Raises UserError."""
+    if glob.has_magic(folder) and is_url(folder):
+        return files
+    below = {file: file.removeprefix(folder) for file in files}
+    splits = sorted({split for split in map(split_of, below.values()) if split})
     if len(splits) > 1:
-        example = next(name for name in names if split_of(name) == _rather_train(splits))
-        like = folder / re.sub(r"\d{4,5}(-of-\d{5}.*)?(?=\.\w+$)", "*", example)
+        example = next(file for file in files if split_of(below[file]) == _rather_train(splits))
+        like = re.sub(r"\d{4,5}(-of-\d{5}.*)?(?=\.\w+$)", "*", example)
         raise UserError(
             f"{kind} {folder}: holds the splits {', '.join(splits)}, and a folder is read whole: name one of them by a "
             f"pattern, for example {like}"
         )
-    return [folder / name for name in names]
+    return files
 
 
 def split_of(name: str) -> str:
@@ -79,7 +106,7 @@ def _rather_train(names: list[str]) -> str:
     return "train" if "train" in names else names[0]
 
 
-def _saved(folder: Path) -> list[Path]:
+def _saved(folder: Path) -> list[str]:
     """The files of a saved data set, in its own order."""
     listed = read_json(folder / STATE).get("_data_files")
     given = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or ()]
@@ -89,4 +116,4 @@ def _saved(folder: Path) -> list[Path]:
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"arrow {folder}: {name} is missing, which {STATE} names")
-    return [folder / name for name in names]
+    return [str(folder / name) for name in names]

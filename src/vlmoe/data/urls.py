@@ -1,23 +1,14 @@
-"""Files named by path or URL: found by pattern, brought here whole, and kept in a folder of bounded size.
-
-A file is complete before anything of it is read. So what can fail fails in one place, where it is tried again, and
-what is read is a local file like any other. fsspec knows the protocols; its own caches have no bound in bytes, so the
-folder is ours: the files used longest ago go first, and one that is being read stays readable until it is closed.
-"""
+"""Files named by path or URL: what they are called, which a pattern stands for, and what has another attempt."""
 
 from __future__ import annotations
 
-import fcntl
 import glob
-import hashlib
 import os
 import posixpath
 import re
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +16,13 @@ from typing import Any, TypeVar
 import fsspec
 
 from vlmoe.config import UserError
+from vlmoe.data.accounts import short, shown_below
 
-PIPE, ALLOW_PIPE = "pipe:", "VLMOE_ALLOW_PIPE"
+PIPE = "pipe:"
 LONGEST_PAUSE = 60.0  # seconds between two attempts; the first pause takes one, each further one twice as long
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
-_LEFT_BEHIND = 86_400  # seconds after which an unfinished download is nobody's any more
-_SURE = (FileNotFoundError, PermissionError)  # of a local file
+_GONE = {FileNotFoundError: "not found", PermissionError: "no permission"}  # another attempt finds the same
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}  # of botocore and google
 _QUIET = 60  # seconds without a byte after which an HTTP connection has failed
 
 T = TypeVar("T")
@@ -72,6 +64,16 @@ def without_query(name: str) -> str:
     return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", name, maxsplit=1)[0])
 
 
+def shown_names(names: Sequence[str]) -> list[str]:
+    """How files are called in keys: by their file's name, where two share one by more of it."""
+    if not any(map(is_url, names)):
+        return shown_below([Path(name) for name in names])
+    files = [file_name(name) for name in names]
+    if len(set(files)) < len(files):
+        files = [without_query(name) for name in names]
+    return [short(os.fsencode(name)) for name in files]
+
+
 def expand_url(name: str, suffix: str, attempts: int = FetchOptions.attempts) -> list[str]:
     """The URLs that one with wildcards, or a folder's, stands for, in order; any other stands for itself.
 
@@ -83,9 +85,11 @@ def expand_url(name: str, suffix: str, attempts: int = FetchOptions.attempts) ->
         return [name]
 
     def listed() -> list[str]:
-        files, path = _filesystem(name)
+        files, path = filesystem(name)
         if wild:
             found = files.glob(path)
+            if not found:
+                files.ls(re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0])  # raises where that is missing
         elif files.isdir(path):
             found = [f for f in files.find(path) if f.lower().endswith(suffix)]
         else:
@@ -93,115 +97,10 @@ def expand_url(name: str, suffix: str, attempts: int = FetchOptions.attempts) ->
         return sorted(files.unstrip_protocol(f) for f in found)
 
     try:
-        return persist(listed, attempts)
+        with credentials_of(name):
+            return persist(listed, attempts, gone(name))
     except FetchError as error:
         raise UserError(f"{without_query(name)}: cannot be listed: {error}") from None
-
-
-class OpenFile:
-    """A file that is open for reading, closed when nothing refers to it any more. Data workers may share it: it is read
-    by `os.pread`, which moves nothing."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    @property
-    def size(self) -> int:
-        return os.fstat(self.descriptor).st_size
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-
-class Files:
-    """Opens files by path or URL."""
-
-    def __init__(self, options: FetchOptions) -> None:
-        self.options = options
-        self.folder = Path(options.folder) if options.folder else cache_folder() / "files"
-
-    def open(self, name: str) -> OpenFile:
-        """A whole, local file of this name. Several attempts are made, with growing pauses.
-
-        Raises FetchError after the last attempt, UserError for what no attempt can mend.
-        """
-        if not is_url(name):
-            return persist(lambda: OpenFile(os.open(name, os.O_RDONLY)), self.options.attempts, _SURE)
-        return persist(lambda: OpenFile(self._open(name)), self.options.attempts)
-
-    def _open(self, url: str) -> int:
-        bring, identity = _piped(url) if url.startswith(PIPE) else _remote(url)
-        digest = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
-        place = self.folder / f"{digest}.file"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock(digest[:2]):  # of several processes that want the same file one brings it
-            with suppress(FileNotFoundError):
-                descriptor = os.open(place, os.O_RDONLY)
-                os.utime(place, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))  # used now
-                return descriptor
-            temporary = f"{place}.{os.getpid()}.{threading.get_ident()}.tmp"
-            try:
-                bring(temporary)
-                descriptor = os.open(temporary, os.O_RDONLY)
-                os.replace(temporary, place)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-        self._trim()
-        return descriptor
-
-    def _trim(self) -> None:
-        """Keep within the limit. Files that someone has open keep their content until they are closed."""
-        with self._lock("trim"):
-            kept: list[tuple[int, int, str]] = []
-            for entry in os.scandir(self.folder):
-                with suppress(FileNotFoundError):
-                    about = entry.stat()
-                    if entry.name.endswith(".tmp") and about.st_mtime < time.time() - _LEFT_BEHIND:
-                        os.unlink(entry.path)
-                    elif entry.name.endswith(".file"):
-                        kept.append((about.st_atime_ns, about.st_size, entry.path))
-            total = sum(size for _, size, _ in kept)
-            for _, size, path in sorted(kept):
-                if total <= self.options.limit:
-                    break
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-                total -= size
-
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        with open(self.folder / f"{name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
-class Ahead(threading.Thread):
-    """A file that is brought while others are read."""
-
-    def __init__(self, files: Files, name: str) -> None:
-        super().__init__(daemon=True)
-        self._files, self._name = files, name
-        self._found: OpenFile | None = None
-        self.error: FetchError | UserError | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._found = self._files.open(self._name)
-        except (FetchError, UserError) as error:
-            self.error = error
-
-    def take(self) -> OpenFile:
-        """As `Files.open`; waits until it is here."""
-        self.join()
-        if self._found is None:
-            raise self.error or FetchError("its download has ended without a word")
-        return self._found
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmoe"
 
 
 def persist(attempt: Callable[[], T], attempts: int, sure: tuple[type[Exception], ...] = ()) -> T:
@@ -216,15 +115,43 @@ def persist(attempt: Callable[[], T], attempts: int, sure: tuple[type[Exception]
         except UserError:
             raise
         except Exception as error:  # each protocol has its own
-            said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, sure):
+            last = error
+            if isinstance(error, sure) or type(error).__name__ in _NO_CREDENTIALS:
                 break
         if number < attempts:
             time.sleep(min(2.0 ** (number - 1), LONGEST_PAUSE))
-    raise FetchError(f"{said} ({number} attempts)" if number > 1 else said)
+    raise FetchError(_said(last) + (f" ({number} attempts)" if number > 1 else "")) from last
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def _said(error: Exception) -> str:
+    if words := getattr(error, "strerror", None):
+        return str(words)
+    text = re.sub(r"https?://\S+", lambda url: without_query(url[0]), " ".join(str(error).split()))
+    kind = next((words for kind, words in _GONE.items() if isinstance(error, kind)), "")
+    return ": ".join(part for part in (kind, text) if part) or type(error).__name__
+
+
+def gone(name: str) -> tuple[type[Exception], ...]:
+    """Errors that say for sure that a file cannot be had. Over HTTP any failure may look like a missing file."""
+    return () if name.startswith(("http://", "https://", PIPE)) else tuple(_GONE)
+
+
+@contextmanager
+def credentials_of(url: str) -> Iterator[None]:
+    """Turns a FetchError for want of credentials into a UserError: no other file could be had either."""
+    try:
+        yield
+    except FetchError as error:
+        if type(error.__cause__).__name__ in _NO_CREDENTIALS:
+            place = url.partition("://")[0]
+            raise UserError(
+                f"{without_query(url)}: {error}: set them in the environment or in the file where other programs for "
+                f"{place}:// look for them"
+            ) from None
+        raise
+
+
+def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system and the path in it. Raises UserError where its library is missing."""
     if "::" in url:
         raise UserError(f"{without_query(url)}: chained URLs are not read; name the files themselves")
@@ -240,34 +167,3 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise UserError(f"{without_query(url)}: {error}; pip install 'vlmoe[cloud]' has what is needed") from None
     except ValueError as error:  # no such protocol
         raise UserError(f"{without_query(url)}: {error}") from None
-
-
-def _remote(url: str) -> tuple[Callable[[str], None], str]:
-    """What brings a file to a place, and what tells it from others and from later states of itself."""
-    files, path = _filesystem(url)
-    size = files.info(path).get("size")
-
-    def bring(place: str) -> None:
-        files.get_file(path, place)
-        found = os.path.getsize(place)
-        if size is not None and found != size:
-            raise OSError(f"{found} of {size} bytes came")
-
-    return bring, f"{url}\n{files.ukey(path)}\n{size}"
-
-
-def _piped(url: str) -> tuple[Callable[[str], None], str]:
-    if os.environ.get(ALLOW_PIPE) != "1":
-        raise UserError(
-            f"{url}: a recipe that names a command has it run on this machine: set {ALLOW_PIPE}=1 in the environment "
-            "to allow that"
-        )
-
-    def bring(place: str) -> None:
-        with open(place, "wb") as file:
-            done = subprocess.run(url.removeprefix(PIPE), shell=True, stdout=file, stderr=subprocess.PIPE)
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise OSError(f"the command ended with {done.returncode}{': ' + said if said else ''}")
-
-    return bring, url
