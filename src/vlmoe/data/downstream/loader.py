@@ -105,8 +105,9 @@ class TrainData(Dataset[Step]):
 class EvalData(Dataset[Step]):
     """`data[n]` is batch n of a split in order; an example that cannot be read is left out and listed in `Step.bad`.
 
-    swapped: "image" or "text" gives each example that part of the one after it (the last: of the first), so that what
-    is found without looking can be told. Which it is depends on the example alone, not on batches.
+    swapped: "image" or "text" gives each example that part of another, so that what is found without looking can be
+    told: of the one half the split away, since neighbours in a file often ask about the same image. Which it is depends
+    on the example alone, not on batches.
     """
 
     examples: Examples
@@ -135,9 +136,9 @@ class EvalData(Dataset[Step]):
         return step
 
     def _example(self, i: int) -> Example:
-        example = self.examples[i]
+        example, other = self.examples[i], (i + self.count // 2) % self.count
         if self.swapped == "image":
-            return replace(example, images=self.examples[(i + 1) % self.count].images)
+            return replace(example, images=self.examples[other].images)
         if self.swapped == "text":
-            return replace(example, text=self.examples.truth((i + 1) % self.count).text)
+            return replace(example, text=self.examples.truth(other).text)
         return example
