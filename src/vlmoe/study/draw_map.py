@@ -102,7 +102,8 @@ def _row(part: Any, lines: Sequence[tuple[str, Sequence[Point]]], x: str, label:
 
 
 def _line(axis: Any, points: Sequence[Point], x: str, cost: str, name: str, style: dict[str, Any]) -> None:
-    """Measured factors with their interval, joined; bounds hollow, with an arrow to where the mean may lie."""
+    """Measured factors with their interval, joined; a dot for each seed; bounds hollow, with an arrow to where the mean
+    may lie."""
     measured = curve_of(points, x, cost)
     axis.plot(*(zip(*measured, strict=True) if measured else ([], [])), linewidth=1.6, markeredgecolor="white",
               markeredgewidth=0.6, label=name, **style)  # fmt: skip
@@ -110,6 +111,8 @@ def _line(axis: Any, points: Sequence[Point], x: str, cost: str, name: str, styl
         found = point[cost]
         if not found or point[x] is None or found["factor"] is None:
             continue
+        measured_of = [seed["factor"] for seed in found["seeds"].values() if not seed["bound"]]
+        axis.plot([point[x]] * len(measured_of), measured_of, ".", color=style["color"], markersize=4)
         if found["low"] is not None:
             axis.plot([point[x]] * 2, [found["low"], found["high"]], color=style["color"], linewidth=1.4, alpha=0.6)
         if found["bound"]:

@@ -102,9 +102,10 @@ def picture_of(kind: str) -> str:
 TEXT = (
     "How many times fewer FLOPs (and seconds) the sparse model needs for the loss that the dense one has after so many "
     "tokens of training for each of its parameters (per token, embeddings not counted); a line for each number of "
-    "things there are to know. Geometric mean and Student's 95% interval over seeds; hollow with an arrow: a bound, "
-    "because some seed's curve ends before that loss or begins below it. *Bits needed over held*: what it takes to "
-    "tell each thing from all others, over what the dense model can hold, about 2 bits for each of the same parameters "
+    "things there are to know. Geometric mean and Student's 95% interval over seeds, and a dot for each seed; hollow "
+    "with an arrow: a bound, because some seed's curve ends before that loss or begins below it. *Bits needed over "
+    "held*: what it takes to tell each thing from all others, over what the dense model can hold, about 2 bits for "
+    "each of the same parameters "
     "(Allen-Zhu and Li 2024, arXiv 2404.05405). Both sides are charged all they compute, routers and dispatch "
     "included."
 )
