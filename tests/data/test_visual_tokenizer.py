@@ -28,7 +28,7 @@ def squares(count: int, generator: torch.Generator) -> Tensor:
 def trained() -> tuple[VQTokenizer, dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
     images = iter(lambda: squares(32, generator), None)
-    config = VisualTokenizerConfig(dim=8, width=32, steps=200, lr=4e-3)
+    config = VisualTokenizerConfig(dim=8, width=32, steps=300, lr=4e-3)  # of 200 the outcome hangs on rounding
     return train_vq(config, MODEL, images, squares(128, generator), 0, torch.device("cpu"))
 
 

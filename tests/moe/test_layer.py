@@ -154,7 +154,8 @@ def test_gradients_against_finite_differences(backend: str) -> None:
         y, stats = torch.func.functional_call(moe, dict(zip(names, parameters, strict=True)), (x,))
         return y, stats.loss
 
-    assert torch.autograd.gradcheck(forward, (x, *moe.parameters()))
+    # of the loop every entry; the others, whose gradients are compared with the loop's above, in random directions
+    assert torch.autograd.gradcheck(forward, (x, *moe.parameters()), fast_mode=backend != "loop")
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
