@@ -96,8 +96,8 @@ def draw(completions: list[Completion], path: Path, title: str) -> None:
         rows, 4, figsize=(14, 1.55 * rows + 0.5), gridspec_kw={"width_ratios": [1, 1, 1, 7]}, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for title, axis in zip(("image", "patches hidden", "restored", ""), axes[0], strict=True):
-        axis.set_title(title, fontsize=10)
+    for column, axis in zip(("image", "patches hidden", "restored", ""), axes[0], strict=True):
+        axis.set_title(column, fontsize=10)
     for row, item in zip(axes, completions, strict=True):
         for axis, image in zip(row, (item.image, item.shown, item.restored), strict=False):
             axis.set_axis_off()
