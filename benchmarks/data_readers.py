@@ -216,8 +216,9 @@ def summary(passes: list[dict[str, float]]) -> dict[str, Any]:
     return {**found, "least": round(min(rates)), "most": round(max(rates))}
 
 
-def measure(folder: Path, places: list[str], samples: dict[int, int], workers: list[int], repeats: int) -> list[Any]:
-    rows = []
+def measure(
+    folder: Path, places: list[str], samples: dict[int, int], workers: list[int], repeats: int
+) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         where = {"local": str(folder)}
         if "http" in places:
@@ -234,9 +235,9 @@ def measure(folder: Path, places: list[str], samples: dict[int, int], workers: l
                 for name, make in READERS.items():
                     passes[name].append(one_pass(make, urls, size, samples[size], count))
             for name, found in passes.items():
-                rows.append({"from": place, "pixels": size, "workers": count, "reader": name, **summary(found)})
-                print(LINE.format(**rows[-1]), flush=True)
-    return rows
+                row = {"from": place, "pixels": size, "workers": count, "reader": name, **summary(found)}
+                print(LINE.format(**row), flush=True)
+                yield row
 
 
 def main() -> None:
@@ -259,8 +260,6 @@ def main() -> None:
             write_shards(Path(folder, str(size)), size, number)
         mean = {size: sum(f.stat().st_size for f in Path(folder, str(size)).iterdir()) // n
                 for size, n in samples.items()}  # fmt: skip
-        rows = measure(Path(folder), arguments.places, samples, arguments.workers, arguments.repeats)
-    if arguments.json:
         about = {
             "what": "one shuffled pass, from making the reader to the last batch; medians of the repeats",
             **provenance(),
@@ -271,10 +270,13 @@ def main() -> None:
             "batch": BATCH,
             "shuffle_buffer": BUFFER,
             "repeats": arguments.repeats,
-            "results": rows,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(about, indent=1) + "\n")
+        rows = []
+        for row in measure(Path(folder), arguments.places, samples, arguments.workers, arguments.repeats):
+            rows.append(row)
+            if arguments.json:  # anew after each: a run that is cut short keeps what it has
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(about | {"results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

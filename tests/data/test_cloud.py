@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ import s3fs
 from tests.data.test_loader import same_steps
 from tests.data.test_stream import keys_of, open_stream, shard, whole_names, write
 from tests.data.test_stream_loader import SIZE, TOKENIZER, recipe_of
+from tests.data.test_urls import serving
 from vlmoe.config import UserError
 from vlmoe.data import urls
 from vlmoe.data.fetch import Files
@@ -169,12 +169,8 @@ class Local(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def local() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Local) as served:
-        thread = threading.Thread(target=served.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{served.server_port}"
-        served.shutdown()
-        thread.join()
+    with serving(Local) as address:
+        yield address
     Local.seen.clear()
 
 

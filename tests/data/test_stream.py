@@ -210,12 +210,14 @@ def test_streams_mix_with_sources_of_random_access() -> None:
 def test_what_is_held_out_is_not_in_the_stream(tmp_path: Path) -> None:
     sizes = {f"{i}.tar": 150 for i in range(4)}
     pattern = write(sizes, tmp_path / "data")
-    held_out = held_out_of_stream(FileOptions("text", pattern, "val"))
+    held_out = held_out_of_stream(FileOptions("text", pattern, "val"), "shards")
     keys = {held_out[i].key for i in range(len(held_out))}
     assert len(keys) + len(trained_on(sizes)) == 600
     assert not keys & set(by_epoch(open_stream(pattern), 1)[0])
     few = write({"0.tar": 150}, tmp_path / "few")
-    assert len(held_out_of_stream(FileOptions("text", few, "val"))) == len(keys & {k for k in keys if k[0] == "0"})
+    assert len(held_out_of_stream(FileOptions("text", few, "val"), "shards")) == len(
+        keys & {k for k in keys if k[0] == "0"}
+    )
 
 
 def test_the_share_held_out_is_the_sources_own(tmp_path: Path) -> None:
@@ -228,7 +230,7 @@ def test_the_share_held_out_is_the_sources_own(tmp_path: Path) -> None:
         assert not train & {held[i].key for i in range(len(held))}
         assert len(train) + len(held) == 160
         assert 0.5 * share * 160 <= len(held) <= 1.5 * share * 160
-    assert len(held_out_of_stream(FileOptions("text", pattern, "val", held_out=1.0))) == 160
+    assert len(held_out_of_stream(FileOptions("text", pattern, "val", held_out=1.0), "shards")) == 160
 
 
 def test_captions_rotate_over_epochs(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Files by URL: patterns, the folder they are kept in, and what goes wrong."""
 
+import contextlib
 import functools
 import http.server
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,22 @@ def test_commands_run_only_where_that_is_allowed(tmp_path: Path, monkeypatch: py
     assert expand_shards("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    (tmp_path / "served").mkdir()
-    handler = functools.partial(Quiet, directory=str(tmp_path / "served"))
+@contextlib.contextmanager
+def serving(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of an HTTP server of this machine."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
         thread = threading.Thread(target=served.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{served.server_port}"
         served.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "served").mkdir()
+    with serving(functools.partial(Quiet, directory=str(tmp_path / "served"))) as address:
+        yield address
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
