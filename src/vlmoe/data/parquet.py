@@ -24,7 +24,7 @@ from vlmoe.config import UserError
 from vlmoe.data.accounts import Account, account_of_files
 from vlmoe.data.columns import Columns
 from vlmoe.data.counter import hash64, shuffled
-from vlmoe.data.fetch import FileList, OpenFile
+from vlmoe.data.fetch import FileList, Files, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, chosen_rows, hash_entries, is_held_out, split_rows
 from vlmoe.data.sample import BadSample
 from vlmoe.data.table_files import expand_tables, roots_of
@@ -151,10 +151,10 @@ class ParquetSource(FileSource):
 
 
 def columns_of(files: Sequence[str], options: FileOptions) -> Columns:
-    """The columns of the first file that has them. Raises UserError."""
+    """The columns of the first file. Raises UserError: it cannot be had, or lacks one."""
     name = f"parquet {without_query(files[0])}"
     try:
-        file = FileList(files[:1], options.fetch, "parquet")[0]
+        file = Files(options.fetch).open(files[0])
         return Columns(pq.read_schema(file.reader()), options, name)
     except (pa.ArrowException, OSError, FetchError) as error:
         raise UserError(f"{name}: cannot be read: {error}") from None

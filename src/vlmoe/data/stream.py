@@ -281,7 +281,7 @@ class StreamSource:
         self.kind, self.name, self.id = options.kind, options.path, f"{options.kind}-{number}"
         self.readers = stream.readers
         self.type = config.type
-        self.shards = expand_shards(options.path) if self.type == "shards" else expand_tables(options.path, ".parquet")
+        self.shards = expand(options.path, self.type)
         self.columns = columns_of(self.shards, options) if self.type == "parquet" else None
         self.shown = shown_names(self.shards)
         self.files = Files(options.fetch)
@@ -357,11 +357,16 @@ def shard_weights(shards: Sequence[str], config: SourceConfig) -> np.ndarray:
     return weights
 
 
-def held_out_of_stream(options: FileOptions, type: str = "shards") -> FileSource:
+def expand(pattern: str, type: str) -> list[str]:
+    """The files that a pattern stands for. type: shards or parquet. Raises UserError."""
+    return expand_shards(pattern) if type == "shards" else expand_tables(pattern, ".parquet")
+
+
+def held_out_of_stream(options: FileOptions, type: str) -> FileSource:
     """The held-out samples of a stream that are evaluated on, by random access: those of its first shards, so many of
     them as would hold about HELD_OUT_SAMPLES if all were like the first."""
     opened: Callable[[FileOptions, list[str]], FileSource] = ShardSource if type == "shards" else ParquetSource
-    shards = expand_shards(options.path) if type == "shards" else expand_tables(options.path, ".parquet")
+    shards = expand(options.path, type)
     first = opened(options, shards[:1])
     wanted = -(-HELD_OUT_SAMPLES // max(1, len(first)))
     return opened(options, shards[:wanted]) if wanted > 1 else first

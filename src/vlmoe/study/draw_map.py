@@ -111,8 +111,8 @@ def _line(axis: Any, points: Sequence[Point], x: str, cost: str, name: str, styl
         found = point[cost]
         if not found or point[x] is None or found["factor"] is None:
             continue
-        measured_of = [seed["factor"] for seed in found["seeds"].values() if not seed["bound"]]
-        axis.plot([point[x]] * len(measured_of), measured_of, ".", color=style["color"], markersize=4)
+        by_seed = [seed["factor"] for seed in found["seeds"].values() if not seed["bound"]]
+        axis.plot([point[x]] * len(by_seed), by_seed, ".", color=style["color"], markersize=4)
         if found["low"] is not None:
             axis.plot([point[x]] * 2, [found["low"], found["high"]], color=style["color"], linewidth=1.4, alpha=0.6)
         if found["bound"]:

@@ -35,9 +35,7 @@ def left_to_do(plan: Plan, earlier: dict[str, Any]) -> list[Run]:
     """Of a study's runs those that the report it extends does not hold, with their learning rate. Runs that tasks start
     from are among them: a report has no weights."""
     there = {row["run"]: row["learning_rate"] for row in finished(earlier["runs"])}
-    tasks = plan.study.downstream
-    needed = {name for m in tasks.models for name in (plan.ablation.values() if m == "ablation" else [m])}
-    needed = needed if tasks.tasks else set()
+    needed = plan.fine_tuned
     return [r for r in plan.runs if r.model in needed or r.rate is None or there.get(r.id) != r.rate]
 
 

@@ -87,6 +87,13 @@ class Plan:
     def model(self, run: Run) -> Model:
         return (self.sweep if run.stage == "sweep" else self.models)[run.model]
 
+    @property
+    def fine_tuned(self) -> list[str]:
+        """The models that tasks start from, by name."""
+        declared = self.study.downstream
+        names = [n for m in declared.models for n in (self.ablation.values() if m == "ablation" else [m])]
+        return list(dict.fromkeys(names)) if declared.tasks else []
+
 
 def make_plan(study: Study) -> Plan:
     """The models of a study. Raises StudyError or RecipeError where one cannot be built."""

@@ -71,7 +71,10 @@ class Draft:
     batch: int = BATCHES[0]
     steps: int = 100
     seconds: float = 0.0
-    byte_fallback: bool = False
+
+    @property
+    def byte_fallback(self) -> bool:
+        return self.vocabulary >= SPELLED
 
     @property
     def kind(self) -> str:
@@ -152,16 +155,13 @@ def _draft(found: Survey, machine: Machine, name: str) -> Draft:
     words = train_wordpiece(found.texts, max(8192, 4 * letters))
     needed = max(1.25 * words.size, 4 * letters)
     vocabulary = next((v for v in VOCABULARIES if v >= needed), VOCABULARIES[-1])
-    byte_fallback = vocabulary >= SPELLED
-    if byte_fallback:
+    if vocabulary >= SPELLED:
         words = train_byte_pairs(found.texts, vocabulary)
     tokens = [len(ids) for ids, _ in words.encode_batch(found.texts)]
     (long,) = quantiles(tokens, 0.99)
     most = CUDA_TEXT if machine.cuda else CPU_TEXT
     max_text = min(most, max(8, 4 * math.ceil((long + 2) / 4)))
-    return Draft(
-        name, found, machine, size, image_size, patch, max_text, vocabulary, tokens, byte_fallback=byte_fallback
-    )
+    return Draft(name, found, machine, size, image_size, patch, max_text, vocabulary, tokens)
 
 
 def _held_out(found: Survey) -> float:

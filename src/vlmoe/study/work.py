@@ -199,10 +199,7 @@ def _overhead(work: Work) -> float:
 def downstream_jobs(work: Work) -> list[Job]:
     """Fine-tuning of the chosen models' longest finished runs, on every task and seed."""
     declared, jobs = work.plan.study.downstream, []
-    names: list[str] = []
-    for name in declared.models:
-        names += list(work.plan.ablation.values()) if name == "ablation" else [name]
-    for name in dict.fromkeys(names):
+    for name in work.plan.fine_tuned:
         if name not in work.plan.models:
             known = ", ".join(work.plan.models)
             raise StudyError(f"key 'downstream.models': no model '{name}' in this study; there are {known}")
