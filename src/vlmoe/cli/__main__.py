@@ -1,0 +1,5 @@
+"""`python -m vlmoe.cli`."""
+
+from vlmoe.cli import main
+
+main()
