@@ -13,8 +13,8 @@ from tests.train.toy import ToyData, ToyTask, toy_recipe, toy_task
 from vlmoe.config import UserError
 from vlmoe.train import checkpoint
 from vlmoe.train.branch import began_at, branch_off
-from vlmoe.train.loop import CHECKPOINTS, TrainResult, train
-from vlmoe.train.runlog import EVENTS, METRICS, ROUTING, SKIPPED, read_lines
+from vlmoe.train.loop import TrainResult, train
+from vlmoe.train.runlog import CHECKPOINTS, EVENTS, METRICS, ROUTING, SKIPPED, read_lines
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 WSD: dict[str, Any] = {"schedule": "constant_decay", "min_lr": 0.0, "checkpoint_every": 100, "guard": {"every": 3}}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from tests.golden.record import OVERRIDES
@@ -15,14 +14,13 @@ from tests.tasks.world import tokenizer as task_tokenizer
 from tests.train.other_device import OTHER, DeviceError, OtherDevice, other
 from vlmoe.config import TASKS, load_recipe
 from vlmoe.data.downstream.loader import TrainData, open_split
-from vlmoe.data.loader import Step, StepData
+from vlmoe.data.loader import StepData
 from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
 from vlmoe.data.visual_tokenizer import VQTokenizer
 from vlmoe.moe import Experts, Router
 from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.tasks.registry import build_task, collate_of
 from vlmoe.train.loop import Trainer
-from vlmoe.train.progress import Display
 
 __all__ = ["other"]
 QUIET = {"log_every": 1000, "watch_every": 1000, "checkpoint_every": 1000, "steps": 1000}
@@ -48,21 +46,21 @@ class Launch:
         monkeypatch.setattr("vlmoe.train.loop.make_optimizer", lambda task, config: _Optimizer(task.parameters()))
         monkeypatch.setattr("vlmoe.train.loop.routing_every", lambda config: 1000)
         self.mode, self.trainer = mode, Trainer(recipe, task, data, folder, OTHER)
-        self.trainer.log = self.trainer.budget = _Nothing()  # type: ignore[assignment]
-        self.data: Iterator[Step] = (data[n] for n in range(100))
-        draw = self.trainer._next
+        self.trainer.journal = self.trainer.feed.budget = _Nothing()  # type: ignore[assignment]
+        self.trainer.feed.source = (data[n] for n in range(100))
+        draw = self.trainer.feed.next
 
-        def make_and_send(data: Iterator[Step]) -> Any:
+        def make_and_send() -> Any:
             with mode.on_host():
-                return draw(data)
+                return draw()
 
-        monkeypatch.setattr(self.trainer, "_next", make_and_send)
+        monkeypatch.setattr(self.trainer.feed, "next", make_and_send)
 
     def step(self) -> int:
         """How many values were read in it."""
         before = self.mode.reads
-        with Display("", 0, 1000, Console(quiet=True)) as display, self.mode:
-            self.trainer._step(self.data, display)
+        with self.mode:
+            self.trainer._step()
         return self.mode.reads - before
 
     def look(self) -> None:

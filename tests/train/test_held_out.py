@@ -17,7 +17,8 @@ from vlmoe.metrics import Score
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.held_out import held_out_losses, too_wide
 from vlmoe.tasks.pretrain import MaskedDataModelling
-from vlmoe.train.loop import Judged, Validation, train
+from vlmoe.train.judge import Judged, Validation
+from vlmoe.train.loop import train
 from vlmoe.train.pretrain import pretrain
 from vlmoe.train.runlog import EVENTS, read_lines
 

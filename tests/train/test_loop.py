@@ -16,9 +16,11 @@ from tests.train.toy import ToyData, ToyTask, toy_recipe, toy_task
 from vlmoe.config import UserError, load_recipe, to_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import Step
+from vlmoe.model.device import pick_device, pick_precision
 from vlmoe.tasks.base import StepOutput, Summed
 from vlmoe.train import checkpoint
-from vlmoe.train.loop import NonFiniteError, pick_device, pick_precision, routing_every, seed_of, train
+from vlmoe.train.gradients import seed_of
+from vlmoe.train.loop import NonFiniteError, routing_every, train
 from vlmoe.train.runlog import EVENTS, METRICS, ROUTING, RunError, cut, lock_run, read_lines
 
 pytestmark = pytest.mark.usefixtures("no_plots")

@@ -9,7 +9,8 @@ from tests.train.toy import ToyData, ToyTask, toy_recipe, toy_task
 from vlmoe.tasks.base import Task
 from vlmoe.train import checkpoint
 from vlmoe.train.checkpoint import CheckpointError
-from vlmoe.train.loop import Validation, train
+from vlmoe.train.judge import Validation
+from vlmoe.train.loop import train
 
 
 class Script:

@@ -17,9 +17,9 @@ from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.loader import Step, StepData
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.data.visual_tokenizer import VisualTokenizer
+from vlmoe.model.device import pick_device, pick_precision
 from vlmoe.model.flops import Shape
 from vlmoe.tasks.pretrain import MaskedDataModelling
-from vlmoe.train.loop import pick_device, pick_precision
 from vlmoe.train.optim import clip_gradients, make_optimizer
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmoe.config import to_mapping as recipe_mapping
+from vlmoe.model.device import pick_device
 from vlmoe.model.sizes import short
 from vlmoe.study import extend
 from vlmoe.study.collect import Row, row_of
@@ -42,7 +43,6 @@ from vlmoe.study.work import (
     tokenizer_jobs,
     tokenizers,
 )
-from vlmoe.train.loop import pick_device
 from vlmoe.train.runlog import lock_run, machine, replace_text
 
 DECLARED = "study.yaml"

@@ -24,9 +24,10 @@ from vlmoe.config import Recipe, UserError, read_json
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import Step, StepData, held_out, held_out_size
 from vlmoe.evaluate.masked import losses
+from vlmoe.model.device import pick_device
 from vlmoe.tasks.base import Summed
 from vlmoe.tasks.pretrain import MaskedDataModelling
-from vlmoe.train.loop import Trainer, pick_device, train
+from vlmoe.train.loop import Trainer, train
 from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer, prepare_visual_tokenizer
 from vlmoe.train.runlog import EVENTS, METRICS, read_lines
 

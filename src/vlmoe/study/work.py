@@ -19,8 +19,8 @@ from vlmoe.study.grid import Model, Plan, Run, carried_rate, recipe_of
 from vlmoe.study.schedule import Job, Meter
 from vlmoe.train import checkpoint
 from vlmoe.train.branch import began_at
-from vlmoe.train.loop import CHECKPOINTS
 from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer
+from vlmoe.train.runlog import CHECKPOINTS
 
 TIMED_STEPS = 8  # of every model, before anything is trained
 OVERHEAD = 12.0  # seconds that a run's process takes besides training, until runs say better

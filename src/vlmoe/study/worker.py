@@ -32,11 +32,11 @@ from vlmoe.data.workers import STOP_SIGNALS
 from vlmoe.evaluate.downstream import evaluate_task
 from vlmoe.evaluate.masked import losses, text_scores, words_right
 from vlmoe.evaluate.names import asked_classes, name_scores
+from vlmoe.model.device import pick_device
 from vlmoe.study.measure import measure_step
 from vlmoe.tasks.export import Pretrained, load_pretrained
 from vlmoe.train.branch import began_at
 from vlmoe.train.finetune import finetune
-from vlmoe.train.loop import pick_device
 from vlmoe.train.pretrain import prepare_text_tokenizer, prepare_visual_tokenizer, pretrain
 from vlmoe.train.runlog import EVENTS, METRICS, read_lines, replace_text
 

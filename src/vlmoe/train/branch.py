@@ -13,8 +13,7 @@ from pathlib import Path
 
 from vlmoe.config import Recipe, UserError
 from vlmoe.train import checkpoint
-from vlmoe.train.loop import CHECKPOINTS
-from vlmoe.train.runlog import EVENTS, RunError, cut, note_event, read_lines
+from vlmoe.train.runlog import CHECKPOINTS, EVENTS, RunError, cut, note_event, read_lines
 
 BRANCHED = "branched"  # the event of a run that began so
 

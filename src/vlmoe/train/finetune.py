@@ -14,6 +14,7 @@ from vlmoe.config import FinetuneRecipe, UserError
 from vlmoe.data.check_recipe import MOST_CUT, MOST_UNKNOWN
 from vlmoe.data.downstream.example import Examples
 from vlmoe.data.downstream.loader import EvalData, TrainData, count_of, open_split, splits_of
+from vlmoe.model.device import pick_device
 from vlmoe.tasks.answer import answer_all
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.downstream import Downstream
@@ -22,9 +23,10 @@ from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.init import start_from
 from vlmoe.tasks.registry import READS, build_task, collate_of
 from vlmoe.train import checkpoint
-from vlmoe.train.loop import CHECKPOINTS, TrainResult, Validation, pick_device, train
+from vlmoe.train.judge import Validation
+from vlmoe.train.loop import TrainResult, train
 from vlmoe.train.pretrain import MODEL, TOKENIZERS
-from vlmoe.train.runlog import lock_run
+from vlmoe.train.runlog import CHECKPOINTS, lock_run
 
 LOOKED_AT = 1000  # examples, for what of their texts is not read
 VALIDATIONS = 10  # in a run, where the recipe does not say

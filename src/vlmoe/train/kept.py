@@ -13,8 +13,8 @@ from vlmoe.tasks.export import Finetuned, Pretrained, load_visual_tokenizer
 from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.tasks.registry import build_task
 from vlmoe.train import checkpoint
-from vlmoe.train.loop import CHECKPOINTS
 from vlmoe.train.pretrain import TOKENIZERS
+from vlmoe.train.runlog import CHECKPOINTS
 
 
 def load_step(run: Path, step: int, device: torch.device) -> Pretrained | Finetuned:

@@ -18,6 +18,7 @@ from vlmoe.data.text_tokenizer import DESCRIPTION, TextTokenizer, build_text_tok
 from vlmoe.data.visual_tokenizer import VisualTokenizer, VQTokenizer
 from vlmoe.data.visual_training import train_vq
 from vlmoe.model import describe
+from vlmoe.model.device import pick_device
 from vlmoe.model.parameters import sparse_layers
 from vlmoe.tasks.export import Pretrained, export, load_pretrained, load_visual_tokenizer
 from vlmoe.tasks.init import continue_from
@@ -25,8 +26,8 @@ from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.tasks.upcycling import Upcycled, fill_experts
 from vlmoe.train import checkpoint
 from vlmoe.train.branch import branch_off
-from vlmoe.train.loop import CHECKPOINTS, TrainResult, pick_device, train
-from vlmoe.train.runlog import lock_run, note_event
+from vlmoe.train.loop import TrainResult, train
+from vlmoe.train.runlog import CHECKPOINTS, lock_run, note_event
 from vlmoe.train.validation import held_out_validation
 
 TOKENIZERS, MODEL = "tokenizers", "model"

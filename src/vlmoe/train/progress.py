@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass
+class Clock:
+    """Time and tokens since some moment."""
+
+    began: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    waited: float = 0.0  # seconds, for data
+
+    def rates(self) -> tuple[float, float, float]:
+        """Seconds, tokens per second, share of the time spent waiting for data."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        return seconds, self.tokens / seconds, min(1.0, self.waited / seconds)
 
 
 class Display:

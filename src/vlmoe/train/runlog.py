@@ -27,6 +27,7 @@ from vlmoe.config import FinetuneRecipe, Recipe, UserError, parse_json, to_yaml
 from vlmoe.metrics import Score
 
 METRICS, ROUTING, EVENTS, SKIPPED = "metrics.jsonl", "routing.jsonl", "events.jsonl", "skipped.jsonl"
+CHECKPOINTS, BEST = "checkpoints", "best"  # folders
 LOCK = ".lock"
 _held: set[Path] = set()
 

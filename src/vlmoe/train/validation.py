@@ -15,7 +15,7 @@ from vlmoe.metrics import Score
 from vlmoe.tasks.base import Task
 from vlmoe.tasks.held_out import FEW, WIDE, held_out_losses, too_wide
 from vlmoe.tasks.pretrain import MaskedDataModelling
-from vlmoe.train.loop import Judged, Validation
+from vlmoe.train.judge import Judged, Validation
 
 SPLIT = "val"
 
