@@ -54,6 +54,35 @@ def test_imports_point_down(path: Path) -> None:
     assert not above, f"{path.relative_to(ROOT)} ({layer}) imports {sorted(above)}, which is not below it"
 
 
+def distributed_lines(source: str) -> list[int]:
+    """Lines that import `torch.distributed` or something of it, or name it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        if any(f"{name}.".startswith("torch.distributed.") for name in names):
+            found.append(node.lineno)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if layer_of(p) in ("moe", "model")], ids=lambda p: p.name)
+def test_the_model_knows_of_no_other_process(path: Path) -> None:
+    """Where weights and experts lie is settled outside: layers are handed objects that know it."""
+    assert not distributed_lines(path.read_text()), f"{path}: only vlmoe.distributed and what is above it may"
+
+
+def test_every_way_to_process_groups_is_found() -> None:
+    source = "import torch.distributed as dist\nfrom torch import distributed\nfrom torch.distributed.fsdp import X\n"
+    source += "import torch\nx = torch.distributed.get_rank()\ny = torch.distributions.Beta"
+    assert distributed_lines(source) == [1, 2, 3, 5]
+
+
 def test_an_arrow_that_points_up_is_found() -> None:
     assert imports("def f():\n    from vlmoe.train.loop import train", "vlmoe.moe") == {"train"}
     assert imports("from ..tasks import base\nimport vlmoe.data.batch", "vlmoe.model") == {"tasks", "data"}

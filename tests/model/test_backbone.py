@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.model.test_sizes import small, sparse
+from tests.own_forward import only_in_own_forward
 from vlmoe.config import ModelConfig, UserError
 from vlmoe.model import Backbone
 from vlmoe.model.block import DropPath
@@ -41,6 +42,15 @@ def test_shapes_and_segments() -> None:
     assert set(backbone([backbone.text(text())]).stats) == {"1/text", "3/text"}
     with pytest.raises(KeyError, match="vision"):
         backbone([backbone.text(text())]).features("vision")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_parameter_is_read_outside_its_own_forward(recompute: bool) -> None:
+    changes = {"common_experts": 2, "sub_ln": True, "attention": "split", "patch_stem": "conv", "recompute": recompute}
+    backbone = Backbone(sparse(small(**changes)))
+    with only_in_own_forward(backbone):
+        out = backbone([backbone.image(image(), torch.rand(3, 4) > 0.5), backbone.text(text())])
+        (out.x_BTD.sum() + sum(s.loss for s in out.stats.values())).backward()
 
 
 def test_a_text_only_batch_leaves_every_vision_expert_without_gradient() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vlmoe.moe import Experts, FeedForward, MoELayer, Plan, dispatch, plan_dispatch, replay_context_fn, route
+from vlmoe.moe import Experts, FeedForward, Groups, LocalDispatcher, MoELayer, replay_context_fn, route
 from vlmoe.moe.backends import _ends, _grouped_linear, has_kernel, run_loop
 
 D, H = 8, 12
@@ -80,10 +79,10 @@ def test_what_the_grouped_kernel_does_not_take_goes_through_the_loop() -> None:
         made = Experts(D, width, 4, backend="grouped").to(dtype)
         assert not has_kernel((made.w1, made.w2), dtype)
         routing = route(torch.randn(9, 4, dtype=dtype), k=2)
-        plan, x = plan_dispatch(routing), tokens(9, dtype=dtype)
+        x_RD, groups, _ = LocalDispatcher().dispatch(tokens(9, dtype=dtype), routing, None, None)
         weights = (made.w1, made.b1, made.w2, made.b2)
-        expected = run_loop(dispatch(x, plan), plan, *weights, torch.nn.functional.gelu)
-        assert torch.equal(made(dispatch(x, plan), plan), expected)
+        expected = run_loop(x_RD, groups, *weights, torch.nn.functional.gelu)
+        assert torch.equal(made(x_RD, groups), expected)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -94,8 +93,7 @@ def test_the_gpu_path_equals_the_loop(options: dict[str, Any], padding: bool, mo
     x = tokens(3, 11, dtype=torch.float32)
     mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(3)) > 0.3 if padding else None
     expected = results(layer(backend="loop", dtype=torch.float32, **options), x, mask)
-    module = import_module("vlmoe.moe.dispatch")  # the package's attribute of this name is the function
-    monkeypatch.setattr(module, "_on_host", lambda device: False)
+    monkeypatch.setattr("vlmoe.moe.dispatch._on_host", lambda device: False)
     monkeypatch.setattr("vlmoe.moe.backends.has_kernel", lambda weights, dtype: True)
     for backend in ("grouped", "loop", "padded"):
         got = results(layer(backend=backend, dtype=torch.float32, **options), x, mask)
@@ -109,9 +107,7 @@ def test_the_grouped_kernels_bias_gradient_is_summed_in_float32() -> None:
     torch.manual_seed(0)
     x, w = torch.zeros(sum(counts), 16, dtype=torch.bfloat16), torch.zeros(4, 16, 24, dtype=torch.bfloat16)
     bias = torch.randn(4, 24).bfloat16().requires_grad_()
-    row = torch.arange(len(x))
-    plan = Plan(row, row, None, row[:, None], None, torch.tensor(counts), None)
-    y = _grouped_linear(x, w, bias, _ends(plan))
+    y = _grouped_linear(x, w, bias, _ends(Groups(torch.tensor(counts), None, len(x))))
     expert = torch.arange(4).repeat_interleave(torch.tensor(counts))
     assert torch.equal(y, bias[expert])
     grad = (torch.rand(len(x), 24) + 0.5).bfloat16()

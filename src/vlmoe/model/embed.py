@@ -72,7 +72,7 @@ class ImageEmbedding(nn.Module):
         if tuple(image_BCHW.shape[1:]) != expected or image_BCHW.dtype != torch.uint8:
             wanted = f"uint8 (B, {', '.join(map(str, expected))})"
             raise ValueError(f"images: got {image_BCHW.dtype} {tuple(image_BCHW.shape)}, expected {wanted}")
-        x_BPC = to_unit(patchify(image_BCHW, self.patch)).to(self.project.weight.dtype)
+        x_BPC = to_unit(patchify(image_BCHW, self.patch)).to(self.position.dtype)
         x_BPD = self.project(x_BPC if self.stem is None else self.stem(x_BPC))
         if mask_BP is not None:
             x_BPD = torch.where(mask_BP[..., None], self.mask_token.to(x_BPD.dtype), x_BPD)

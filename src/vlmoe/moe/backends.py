@@ -18,20 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlmoe.moe.dispatch import Plan, Slots
+from vlmoe.moe.dispatch import Groups, Slots
 
 ALIGNED = 16  # bytes, of which the rows of a matrix are a multiple where the grouped kernel is to take it
 
 Activation = Callable[[Tensor], Tensor]
-Backend = Callable[[Tensor, Plan, Tensor, Tensor | None, Tensor, Tensor | None, Activation], Tensor]
+Backend = Callable[[Tensor, Groups, Tensor, Tensor | None, Tensor, Tensor | None, Activation], Tensor]
 
 
 def run_loop(
-    x_RD: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+    x_RD: Tensor, groups: Groups, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
 ) -> Tensor:
     """Fillers at the end come out as zero."""
-    sizes = plan.host_slots()
-    parts = x_RD.split([*sizes, plan.rows - sum(sizes)])
+    sizes = groups.host_slots()
+    parts = x_RD.split([*sizes, groups.rows - sum(sizes)])
     none = [None] * len(sizes)
     w1s, w2s = w1.unbind(), w2.unbind()
     b1s, b2s = none if b1 is None else b1.unbind(), none if b2 is None else b2.unbind()
@@ -40,9 +40,9 @@ def run_loop(
 
 
 def run_padded(
-    x_RD: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+    x_RD: Tensor, groups: Groups, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
 ) -> Tensor:
-    x_ECD = x_RD.view(len(w1), plan.rows // len(w1), x_RD.shape[1])
+    x_ECD = x_RD.view(len(w1), groups.rows // len(w1), x_RD.shape[1])
     u_ECU = torch.bmm(x_ECD, w1) if b1 is None else torch.baddbmm(b1[:, None], x_ECD, w1)
     h_ECH = act(u_ECU)
     y_ECD = torch.bmm(h_ECH, w2) if b2 is None else torch.baddbmm(b2[:, None], h_ECH, w2)
@@ -50,11 +50,11 @@ def run_padded(
 
 
 def run_grouped(
-    x_RD: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
+    x_RD: Tensor, groups: Groups, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: Activation
 ) -> Tensor:
     if not has_kernel((w1, w2), x_RD.dtype):
-        return run_loop(x_RD, plan, w1, b1, w2, b2, act)
-    ends_E = _ends(plan)
+        return run_loop(x_RD, groups, w1, b1, w2, b2, act)
+    ends_E = _ends(groups)
     return _grouped_linear(act(_grouped_linear(x_RD, w1, b1, ends_E)), w2, b2, ends_E)
 
 
@@ -63,7 +63,7 @@ BACKENDS = ("auto", *RUN)
 
 
 def slots_for(backend: str) -> Slots | None:
-    """What to give `plan_dispatch` for this backend."""
+    """What to give a dispatcher for this backend."""
     return (lambda need: [max(need)] * len(need)) if backend == "padded" else None
 
 
@@ -78,11 +78,11 @@ def has_kernel(weights: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     )
 
 
-def _ends(plan: Plan) -> Tensor:
+def _ends(groups: Groups) -> Tensor:
     """The row after each expert's last. Fillers at the end go through the last expert: a kernel leaves rows past its
     last offset uninitialised, and those might hold nan. Their gradient is zero, so the expert's is right."""
-    ends_E = plan.count_E.cumsum(0).to(torch.int32)
-    ends_E[-1] = plan.rows
+    ends_E = groups.count_E.cumsum(0).to(torch.int32)
+    ends_E[-1] = groups.rows
     return ends_E
 
 

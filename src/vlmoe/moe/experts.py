@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vlmoe.moe.backends import BACKENDS, RUN, slots_for
-from vlmoe.moe.dispatch import Plan, Slots
+from vlmoe.moe.dispatch import Groups, Slots
 
 ACTIVATIONS = ("gelu", "relu", "swiglu")
 INIT_STD = 0.02
+
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def activate(u: Tensor, activation: str, inner_norm: bool) -> Tensor:
@@ -47,13 +49,17 @@ class FeedForward(nn.Module):
         _reset(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        u = F.linear(x, self.w1.t(), self.b1)
-        return F.linear(activate(u, self.activation, self.inner_norm), self.w2.t(), self.b2)
+        """(..., D) to (..., D), in x's dtype, to which the weights are cast; under autocast in its dtype."""
+        w1, b1, w2, b2 = _cast((self.w1, self.b1, self.w2, self.b2), x.dtype)
+        return F.linear(activate(F.linear(x, w1.t(), b1), self.activation, self.inner_norm), w2.t(), b2)
 
 
 class Experts(nn.Module):
-    """E feed-forward layers of one shape. `w1[e], b1[e], w2[e], b2[e]` are what a `FeedForward` holds."""
+    """E feed-forward layers of one shape. `w1[e], b1[e], w2[e], b2[e]` are what a `FeedForward` holds.
+
+    held: the experts that are computed here, whose rows `forward` is given: all of them. Other modules may read this
+    and the options, but no parameter: when experts lie on several processes, only `forward` finds them whole.
+    """
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class Experts(nn.Module):
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a share from 0 to below 1, got {dropout}")
+        self.num_experts = self.held = experts
         self.activation, self.inner_norm, self.dropout = activation, inner_norm, dropout
         self.backend = "grouped" if backend == "auto" else backend
         self.w1, self.b1, self.w2, self.b2 = _weights((experts,), width, hidden, activation, bias)
@@ -84,19 +91,21 @@ class Experts(nn.Module):
         _reset(self)
 
     def slots(self) -> Slots | None:
-        """How many rows each expert should get from `plan_dispatch`."""
+        """How many rows each expert should get from a dispatcher."""
         return slots_for(self.backend)
 
-    def forward(self, x_RD: Tensor, plan: Plan) -> Tensor:
+    def weights(self) -> Weights:
+        """w1, b1, w2, b2 of the experts held here, for `forward`."""
+        return self.w1, self.b1, self.w2, self.b2
+
+    def forward(self, x_RD: Tensor, groups: Groups) -> Tensor:
         """y_RD: each row through its expert, in x_RD's dtype, to which the weights are cast. Autocast must be off."""
-        w1, w2 = self.w1.to(x_RD.dtype), self.w2.to(x_RD.dtype)
-        b1, b2 = (None if b is None else b.to(x_RD.dtype) for b in (self.b1, self.b2))
 
         def act(u: Tensor) -> Tensor:
             h = activate(u, self.activation, self.inner_norm)
             return F.dropout(h, self.dropout) if self.training and self.dropout else h
 
-        return RUN[self.backend](x_RD, plan, w1, b1, w2, b2, act)
+        return RUN[self.backend](x_RD, groups, *_cast(self.weights(), x_RD.dtype), act)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -127,6 +136,12 @@ def check_sizes(width: int, hidden: int, activation: str) -> None:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    w1, b1, w2, b2 = weights
+    b1, b2 = (None if b is None else b.to(dtype) for b in (b1, b2))
+    return w1.to(dtype), b1, w2.to(dtype), b2
 
 
 def _weights(

@@ -1,4 +1,4 @@
-"""The sparse layer: router, dispatch, experts, combine.
+"""The sparse layer: router, dispatcher, experts, and back. Each is an object that may be replaced.
 
 Shape suffixes: N tokens · D width · E experts · K chosen experts of a token · R rows in expert order.
 """
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmoe.moe import balance
-from vlmoe.moe.dispatch import PRIORITIES, Plan, combine, dispatch, plan_dispatch
-from vlmoe.moe.experts import Experts, FeedForward, activate
+from vlmoe.moe.capacity import PRIORITIES, keep_choices
+from vlmoe.moe.dispatch import Dispatcher, Groups, LocalDispatcher
+from vlmoe.moe.experts import Experts, FeedForward
 from vlmoe.moe.routers import LEARNED, ROUTERS, ExpertChoiceRouter, HashRouter, Router
 from vlmoe.moe.routing import Routing
 
@@ -104,7 +104,7 @@ class MoELayer(nn.Module):
     task and is refused. noise: std of the noise on the logits in training, in units of
     1/experts. capacity_factor: an expert takes at most ceil(factor * k * tokens / experts) choices in training
     (capacity_factor_eval: in evaluation); None takes all. priority: who keeps a place, "batch" the largest gates,
-    "arrival" the first tokens, "first_batch" and "first_arrival" the same after all better choices (`plan_dispatch`).
+    "arrival" the first tokens, "first_batch" and "first_arrival" the same after all better choices (`keep_choices`).
     balance, importance, load, z, local_entropy, global_entropy: weights of the losses in
     `vlmoe.moe.balance`; global_experts is the last one's threshold. balance_over: what the balance loss is computed
     over, one "pass" of this layer, or more (see `RoutingStats.balance`). dropout: of the experts' hidden units, in
@@ -181,6 +181,7 @@ class MoELayer(nn.Module):
             options["factor"] = capacity_factor or 1.0
             capacity_factor = capacity_factor_eval = None
         self.router: Router = ROUTERS[router](width, total, k, **options)
+        self.dispatcher: Dispatcher = LocalDispatcher()
         self.width, self.num_experts, self.common, self.k, self.priority = width, total, common, k, priority
         self.capacity_factor, self.capacity_factor_eval = capacity_factor, capacity_factor_eval
         if isinstance(self.router, HashRouter):
@@ -204,7 +205,8 @@ class MoELayer(nn.Module):
         """y of x's shape (..., D), zero at padding, and how it was routed. mask: bool (...), False at padding. common:
         the experts that follow the layer's own in the router's count.
 
-        Under autocast the experts run in autocast's dtype, which y then has; the router and the losses stay in float32.
+        Experts run in x's dtype, under autocast in its dtype, which y then has; the router and the losses stay in
+        float32.
 
         Raises:
             ValueError: a shape or mask dtype that does not fit; the message says what was expected.
@@ -216,38 +218,25 @@ class MoELayer(nn.Module):
             mask_N = mask.reshape(-1)
             x_ND = x_ND.masked_fill(~mask_N[:, None], 0)  # padding may hold anything, nan included
         routing: Routing = self.router(x_ND, mask_N)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.experts.w1.dtype
-        plan = plan_dispatch(
-            routing,
-            mask_N,
-            capacity_factor=self.capacity_factor if self.training else self.capacity_factor_eval,
-            priority=self.priority,
-            slots=self.experts.slots(),
-        )
-        with torch.autocast(device, enabled=False):
-            y_RD = self._serve(dispatch(x_ND.to(dtype), plan), plan, common)
-            y_ND = self._add_shared(combine(y_RD, routing.gate_NK, plan), x_ND.to(dtype))
+        factor = self.capacity_factor if self.training else self.capacity_factor_eval
+        kept_NK = keep_choices(routing, mask_N, factor, self.priority)
+        dtype = dtype_for(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x_RD, groups, ticket = self.dispatcher.dispatch(x_ND.to(dtype), routing, kept_NK, self.experts.slots())
+            y_ND = self.dispatcher.combine(self._serve(x_RD, groups, common), routing.gate_NK, ticket)
+            if self.shared is not None:
+                y_ND = y_ND + self.shared(x_ND.to(dtype))  # cast again: gradients add up in x's dtype
         if self.shared is not None and mask_N is not None:
             y_ND = y_ND.masked_fill(~mask_N[:, None], 0)
-        return y_ND.view(x.shape), self._stats(routing, mask_N, plan)
+        return y_ND.view(x.shape), self._stats(routing, mask_N, kept_NK)
 
-    def _serve(self, x_RD: Tensor, plan: Plan, common: Experts | None) -> Tensor:
+    def _serve(self, x_RD: Tensor, groups: Groups, common: Experts | None) -> Tensor:
         if common is None:
-            return self.experts(x_RD, plan)
-        own, others = plan.split(self.num_experts - self.common)
+            return self.experts(x_RD, groups)
+        own, others = groups.split(self.experts.held)
         return torch.cat([self.experts(x_RD[: own.rows], own), common(x_RD[own.rows :], others)])
 
-    def _add_shared(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.shared is None:
-            return y
-        weights = (self.shared.w1, self.shared.b1, self.shared.w2, self.shared.b2)
-        w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in weights)
-        assert w1 is not None and w2 is not None
-        h = activate(F.linear(x, w1.t(), b1), self.shared.activation, self.shared.inner_norm)
-        return y + F.linear(h, w2.t(), b2)
-
-    def _stats(self, routing: Routing, mask_N: Tensor | None, plan: Plan) -> RoutingStats:
+    def _stats(self, routing: Routing, mask_N: Tensor | None, kept_NK: Tensor | None) -> RoutingStats:
         losses, loss = {}, routing.logits_NE.new_zeros(())
         for name, weight in self.loss_weights.items():
             if name == "load" and routing.noise_std == 0:  # evaluation has no noise
@@ -261,7 +250,6 @@ class MoELayer(nn.Module):
         if "balance" in losses and self.balance_over != "pass":
             weight = self.loss_weights["balance"] * self.pressure
             sums = Sums(balance.probability_of(routing, mask_N), weight, self.balance_over)
-        kept_NK = plan.kept_NK
         if kept_NK is None:
             kept_NK = torch.ones_like(routing.expert_index_NK, dtype=torch.bool)
         return RoutingStats(
@@ -285,8 +273,14 @@ class MoELayer(nn.Module):
                 f"mask: expected bool of shape {tuple(x.shape[:-1])}, got {mask.dtype} of {tuple(mask.shape)}"
             )
 
-        if (0 if common is None else len(common.w1)) != self.common:
+        if (0 if common is None else common.num_experts) != self.common:
             raise ValueError(f"common: expected {self.common} experts, got {common}")
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, k={self.k}, backend={self.experts.backend}"
+
+
+def dtype_for(x: Tensor) -> torch.dtype:
+    """What x is computed in: autocast's dtype, where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

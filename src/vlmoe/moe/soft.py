@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmoe.moe.balance import logit_size
-from vlmoe.moe.dispatch import Plan
+from vlmoe.moe.dispatch import Groups
 from vlmoe.moe.experts import Experts
-from vlmoe.moe.layer import MoELayer, RoutingStats
+from vlmoe.moe.layer import MoELayer, RoutingStats, dtype_for
 from vlmoe.moe.routing import Routing
 
 
@@ -73,23 +73,23 @@ class SoftMoELayer(MoELayer):
             mix_BTS = logits_BTS.masked_fill(~mask_BT[..., None], torch.finfo(logits_BTS.dtype).min)
         dispatch_BTS = mix_BTS.softmax(dim=1)
         combine_BTS = logits_BTS.softmax(dim=2)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.experts.w1.dtype
-        with torch.autocast(device, enabled=False):
-            rows_SBD = torch.einsum("bts,btd->sbd", dispatch_BTS, x_BTD.to(dispatch_BTS.dtype)).to(dtype)
-            y_RD = self.experts(rows_SBD.reshape(-1, self.width), self._plan(rows_SBD))
-            y_BTD = torch.einsum("bts,sbd->btd", combine_BTS, y_RD.view(rows_SBD.shape).to(combine_BTS.dtype)).to(dtype)
-            y_BTD = self._add_shared(y_BTD, x_BTD.to(dtype))
+        dtype = dtype_for(x)
+        with torch.autocast(x.device.type, enabled=False):
+            mixed_SBD = torch.einsum("bts,btd->sbd", dispatch_BTS, x_BTD.to(dispatch_BTS.dtype)).to(dtype)
+            y_SBD = self._serve_mixed(mixed_SBD).to(combine_BTS.dtype)
+            y_BTD = torch.einsum("bts,sbd->btd", combine_BTS, y_SBD).to(dtype)
+            if self.shared is not None:
+                y_BTD = y_BTD + self.shared(x_BTD.to(dtype))
         if mask_BT is not None:
             y_BTD = y_BTD.masked_fill(~mask_BT[..., None], 0)
         return y_BTD.view(x.shape), self._soft_stats(combine_BTS.detach(), mask_BT, logits_BTS)
 
-    def _plan(self, rows_SBD: Tensor) -> Plan:
+    def _serve_mixed(self, mixed_SBD: Tensor) -> Tensor:
         """Every expert has its slots of all sequences, already in order."""
-        each = self.slots * rows_SBD.shape[1]
-        row_R = torch.arange(self.num_experts * each, device=rows_SBD.device)
-        count_E = torch.full((self.num_experts,), each, device=rows_SBD.device)
-        return Plan(row_R, row_R, None, row_R[:, None], None, count_E, [each] * self.num_experts)
+        E, each = self.num_experts, self.slots * mixed_SBD.shape[1]
+        groups = Groups(torch.full((E,), each, device=mixed_SBD.device), [each] * E, E * each)
+        x_RD, groups, ticket = self.dispatcher.send(mixed_SBD.flatten(0, 1), groups, self.experts.slots())
+        return self.dispatcher.fetch(self.experts(x_RD, groups), ticket).view(mixed_SBD.shape)
 
     @torch.no_grad()
     def _soft_stats(self, combine_BTS: Tensor, mask_BT: Tensor | None, logits_BTS: Tensor) -> RoutingStats:
