@@ -11,6 +11,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": set(),
     "moe": set(),
     "metrics": set(),
+    "distributed": {"moe"},
     "data": {"metrics"},
     "model": {"moe"},
     "tasks": {"model", "data", "moe", "metrics"},

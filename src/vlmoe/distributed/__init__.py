@@ -1,0 +1,7 @@
+"""One model on many processes: who holds which weights, and how tokens reach experts that are elsewhere."""
+
+from vlmoe.distributed.dispatcher import PeerDispatcher
+from vlmoe.distributed.mesh import Mesh, make_mesh
+from vlmoe.distributed.sharding import ExpertShard, deal_experts, shard
+
+__all__ = ["ExpertShard", "Mesh", "PeerDispatcher", "deal_experts", "make_mesh", "shard"]
