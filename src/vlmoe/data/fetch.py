@@ -111,13 +111,14 @@ class Files:
         with self._lock(digest[:2]):  # of several processes that want the same file one brings it
             with suppress(FileNotFoundError):
                 descriptor = os.open(place, os.O_RDONLY)
-                os.utime(place, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))  # used now
+                os.utime(place, ns=(now := time.time_ns(), now))
                 return descriptor
             temporary = f"{place}.{os.getpid()}.{threading.get_ident()}.tmp"
             try:
                 bring(temporary)
                 descriptor = os.open(temporary, os.O_RDONLY)
                 os.replace(temporary, place)
+                os.utime(temporary, ns=(now := time.time_ns(), now))
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(temporary)
@@ -125,7 +126,8 @@ class Files:
         return descriptor
 
     def _trim(self) -> None:
-        """Keep within the limit. Files that someone has open keep their content until they are closed."""
+        """Keep within the limit. Files that someone has open keep their content until they are closed. When a file was
+        used last is its time of change: what the kernel notes of readings is too coarse to tell files apart."""
         with self._lock("trim"):
             kept: list[tuple[int, int, str]] = []
             for entry in os.scandir(self.folder):
@@ -134,7 +136,7 @@ class Files:
                     if entry.name.endswith(".tmp") and about.st_mtime < time.time() - _LEFT_BEHIND:
                         os.unlink(entry.path)
                     elif entry.name.endswith(".file"):
-                        kept.append((about.st_atime_ns, about.st_size, entry.path))
+                        kept.append((about.st_mtime_ns, about.st_size, entry.path))
             total = sum(size for _, size, _ in kept)
             for _, size, path in sorted(kept):
                 if total <= self.options.limit:
