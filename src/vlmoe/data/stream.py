@@ -51,7 +51,7 @@ from vlmoe.data.rows import rows_of_file
 from vlmoe.data.sample import ENDLESS, BadSample, Sample
 from vlmoe.data.shards import OpenShard, ShardSource, expand_shards
 from vlmoe.data.table_files import expand_tables
-from vlmoe.data.urls import FetchError, file_name, is_url, persist, shown_names, without_query
+from vlmoe.data.urls import FetchError, Stat, file_name, is_url, persist, shown_names, without_query
 
 LOST_IN_A_ROW = 8  # shards that a reader may lose one after the other
 FEW = 64  # samples of a block that may all be bad
@@ -281,10 +281,11 @@ class StreamSource:
         self.kind, self.name, self.id = options.kind, options.path, f"{options.kind}-{number}"
         self.readers = stream.readers
         self.type = config.type
-        self.shards = expand(options.path, self.type)
-        self.columns = columns_of(self.shards, options) if self.type == "parquet" else None
+        listed: dict[str, Stat] = {}
+        self.shards = expand(options.path, self.type, listed)
+        self.files = Files(options.fetch, listed)
+        self.columns = columns_of(self.shards[0], self.files, options) if self.type == "parquet" else None
         self.shown = shown_names(self.shards)
-        self.files = Files(options.fetch)
         self.key = hash64("stream", seed, options.kind, number)
         until = np.cumsum(shard_weights(self.shards, config)) if config.read == "resample" else None
         self.dealer = Dealer(len(self.shards), self.readers, self.key, until)
@@ -357,9 +358,9 @@ def shard_weights(shards: Sequence[str], config: SourceConfig) -> np.ndarray:
     return weights
 
 
-def expand(pattern: str, type: str) -> list[str]:
-    """The files that a pattern stands for. type: shards or parquet. Raises UserError."""
-    return expand_shards(pattern) if type == "shards" else expand_tables(pattern, ".parquet")
+def expand(pattern: str, type: str, listed: dict[str, Stat] | None = None) -> list[str]:
+    """The files that a pattern stands for. type: shards or parquet. listed: as of `expand_url`. Raises UserError."""
+    return expand_shards(pattern, listed) if type == "shards" else expand_tables(pattern, ".parquet", listed)
 
 
 def held_out_of_stream(options: FileOptions, type: str) -> FileSource:
