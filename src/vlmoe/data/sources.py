@@ -90,6 +90,16 @@ def understood_of(sources: Iterable[Source]) -> list[str]:
     ]
 
 
+def warnings_of(sources: Iterable[Source]) -> list[str]:
+    """What a run of these sources should not begin without, in lines for people."""
+    return [
+        f"{source.kind} of {source.name}: {line}"
+        for source in sources
+        if isinstance(source, StreamSource)
+        for line in source.warnings()
+    ]
+
+
 def read_text(source: Source, index: int) -> str | None:
     """A sample's text alone; sources with a `text` method are spared reading the image."""
     text = getattr(source, "text", None)

@@ -29,11 +29,10 @@ the run ends: resumed, it tries the same ones again.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import multiprocessing
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +42,7 @@ import numpy as np
 from vlmoe.config import SourceConfig, StreamConfig, UserError
 from vlmoe.data.augment import Views
 from vlmoe.data.counter import hash64, shuffled
+from vlmoe.data.dealer import Dealer, shard_weights, uneven
 from vlmoe.data.fetch import Ahead, Files, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, choose_caption, make_sample
 from vlmoe.data.ledger import Ledger, Turn
@@ -56,30 +56,6 @@ from vlmoe.data.urls import FetchError, Stat, file_name, is_url, persist, shown_
 LOST_IN_A_ROW = 8  # shards that a reader may lose one after the other
 FEW = 64  # samples of a block that may all be bad
 HELD_OUT_SAMPLES = 1024  # of a stream, about so many are evaluated on
-
-
-@dataclass(frozen=True)
-class Dealer:
-    """Which shard each turn of each reader takes. until: (shards,), the sum of the weights up to each; None for
-    epochs."""
-
-    shards: int
-    readers: int
-    key: int
-    until: np.ndarray | None = None
-
-    def epoch(self, reader: int, turn: int) -> int:
-        """Resampling knows one, which never ends."""
-        return (reader + turn * self.readers) // self.shards if self.until is None else 0
-
-    def deal(self, reader: int, turn: int) -> int:
-        """The shard."""
-        if self.until is None:
-            epoch, place = divmod(reader + turn * self.readers, self.shards)
-            return shuffled(place, self.shards, hash64("shards", self.key, epoch))
-        most = np.nextafter(self.until[-1], 0)
-        drawn = min((hash64("draw", self.key, reader, turn) >> 11) / 2**53 * self.until[-1], most)
-        return int(np.searchsorted(self.until, drawn, side="right"))
 
 
 class Shard(Protocol):
@@ -311,6 +287,10 @@ class StreamSource:
         """As of `FileSource`."""
         return self.columns.understood() if self.columns is not None else []
 
+    def warnings(self) -> list[str]:
+        """For people: that there are too few files for the readers, and what to do."""
+        return [] if self.dealer.until is not None else uneven(len(self.shards), self.readers)
+
     def __getitem__(self, index: int) -> Sample:
         return self.draw(index, 0)
 
@@ -338,24 +318,6 @@ class StreamSource:
     def _read(self, index: int, image: bool) -> tuple[Parts, str, int]:
         k, reader = divmod(index, self.readers)
         return self.reader(reader).read(k, image)
-
-
-def shard_weights(shards: Sequence[str], config: SourceConfig) -> np.ndarray:
-    """How often each shard is drawn, relative to others: by the first pattern that fits its name or path, else 1.
-
-    Raises UserError when a pattern fits no shard, or nothing is left to draw.
-    """
-    weights = np.ones(len(shards))
-    weighed = np.zeros(len(shards), dtype=bool)
-    for pattern, weight in config.shard_weights.items():
-        fits = np.array([fnmatch.fnmatchcase(file_name(s), pattern) or fnmatch.fnmatchcase(s, pattern) for s in shards])
-        if not fits.any():
-            raise UserError(f"{config.type} {config.path}: no shard's name fits '{pattern}' of shard_weights")
-        weights[fits & ~weighed] = weight
-        weighed |= fits
-    if not weights.sum() > 0:
-        raise UserError(f"{config.type} {config.path}: shard_weights leaves nothing to draw")
-    return weights
 
 
 def expand(pattern: str, type: str, listed: dict[str, Stat] | None = None) -> list[str]:

@@ -70,6 +70,8 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
         validation = held_out_validation(recipe, text_tokenizer, device)
         for line in data.understood():
             console.print(line, highlight=False, markup=False)
+        for line in data.warnings():
+            console.print(line, highlight=False, markup=False, soft_wrap=True, style="yellow")
         result = train(recipe, task, data, run_dir, validation)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
