@@ -23,7 +23,7 @@ from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
 
 MADE = 2000  # samples looked at of a source that makes them without end
 # What is worth a word: shares of texts or tokens, times that a sample is shown.
-MOST_CUT, MOST_UNKNOWN, MOST_SAME, MOST_REPEATS, FEWEST = 0.1, 0.02, 0.05, 40, 30
+MOST_CUT, MOST_UNKNOWN, MOST_SAME, MOST_REPEATS, FEWEST = 0.1, 0.02, 0.05, 50, 30
 MOST_NEAR = 0.01  # of held-out images: a few look nearly the same as another and are not
 
 
