@@ -321,8 +321,9 @@ class StreamSource:
 
 
 def expand(pattern: str, type: str, listed: dict[str, Stat] | None = None) -> list[str]:
-    """The files that a pattern stands for. type: shards or parquet. listed: as of `expand_url`. Raises UserError."""
-    return expand_shards(pattern, listed) if type == "shards" else expand_tables(pattern, ".parquet", listed)
+    """The files that a pattern stands for. type: shards, parquet or arrow. listed: as of `expand_url`. Raises
+    UserError."""
+    return expand_shards(pattern, listed) if type == "shards" else expand_tables(pattern, f".{type}", listed)
 
 
 def held_out_of_stream(options: FileOptions, type: str) -> FileSource:
