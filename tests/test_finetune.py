@@ -277,6 +277,16 @@ def test_groups_of_ones_own_files_are_scored_apart(task: str, pretrained: Path, 
         evaluate_task(tmp_path / "run")
 
 
+def test_a_split_that_is_not_there_is_refused_before_the_training(pretrained: Path, tmp_path: Path) -> None:
+    file = own_lines(tmp_path, "vqa")
+    mine = f"{{name: mine, file: {file}, part: val}}"
+    for other in ("file: nowhere.jsonl", f"file: {file}, images: nowhere"):
+        keys = [f"data.train.file={file}", "data.train.part=train", f"data.eval=[{mine}, {{name: other, {other}}}]"]
+        with pytest.raises(UserError, match=r"^nowhere(\.jsonl)?: no such file or folder"):
+            finetune("vqa", pretrained, tmp_path / "run", "data.type=files", *keys)
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ recipes
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", recipe_names("finetune"))

@@ -40,7 +40,7 @@ def plan(folder: Path, **more: Any) -> Recipe:
         {
             "model": {"image_size": 8, "patch": 4, "max_text": 12, "vocabulary": 200, "width": 8, "heads": 2},
             "data": {"sources": sources, "batch": {"image": 0, "text": 0, "pair": 8}, "workers": 0},
-            "train": {"steps": 210, "warmup": 1},
+            "train": {"steps": 270, "warmup": 1},
             **more,
         }
     )
@@ -50,8 +50,8 @@ def test_a_recipes_data_are_counted_source_by_source(tmp_path: Path) -> None:
     report = check_recipe(plan(tmp_path))
     first, second = report["sources"]
     assert (first["share"], first["samples"], first["looked_at"], first["bad"]) == (0.75, 42, 42, 0)
-    assert first["repeats"] == pytest.approx(210 * 8 * 0.75 / 42)
-    assert second["repeats"] == pytest.approx(210 * 8 * 0.25 / 10)
+    assert first["repeats"] == pytest.approx(270 * 8 * 0.75 / 42)
+    assert second["repeats"] == pytest.approx(270 * 8 * 0.25 / 10)
     assert (first["cut"], second["cut"]) == (0, 1)
     assert first["same_captions"] == pytest.approx(1 / 42)
     assert first["same_images"] == pytest.approx(2 / 42)
@@ -61,7 +61,7 @@ def test_a_recipes_data_are_counted_source_by_source(tmp_path: Path) -> None:
     assert (held["samples"], held["captions"], held["images"]) == (40, 1 / 40, 2 / 40)
     said = "\n".join(report["problems"])
     for words in (
-        "each sample is shown 42 times", "100% of the texts are cut at model.max_text = 12", "90% of the captions",
+        "each sample is shown 54 times", "100% of the texts are cut at model.max_text = 12", "90% of the captions",
         "held-out pair: 5.0% of its different images are in training, too",
     ):  # fmt: skip
         assert words in said

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,6 +98,38 @@ def test_parquet_files_of_a_bucket(s3: None, tmp_path: Path) -> None:
     source = ParquetSource(FileOptions("text", pattern, "all"))
     assert len(source) == 4 * SIZE
     assert source[SIZE].text == f"{sorted(sizes)[1]} number 0"
+
+
+@pytest.fixture
+def requests(s3: None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many there were of each kind; without those that list."""
+    call = s3fs.S3FileSystem._call_s3
+    found: Counter[str] = Counter()
+
+    async def counted(self: s3fs.S3FileSystem, method: str, *options: Any, **more: Any) -> Any:
+        found[method] += 1
+        return await call(self, method, *options, **more)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    return found
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_a_file_that_was_listed_costs_one_request_and_a_named_one_two(
+    requests: Counter[str], suffix: str, named: bool
+) -> None:
+    names = [name.partition(".")[0] for name in HELD if name.endswith(suffix)]
+    pattern = f"s3://held/a/b/{'{' + ','.join(names) + '}' if named else '*'}.{suffix}"
+    epoch = len(names) * SIZE // 4  # in steps
+    source = open_stream(pattern)
+    keys_of(source, 0, epoch)
+    assert requests["head_object"] == (len(names) + (suffix == "parquet") if named else 0)  # the first for its columns
+    keys_of(source, epoch, 2 * epoch)
+    assert requests["get_object"] == len(names)
+    requests.clear()
+    (ShardSource if suffix == "tar" else ParquetSource)(FileOptions("text", pattern, "all"))
+    assert requests == (Counter(head_object=len(names)) if named else Counter())  # the files are kept
 
 
 def test_what_a_bucket_does_not_have(s3: None) -> None:

@@ -25,6 +25,7 @@ from vlmoe.config import SourceConfig, StreamConfig, UserError
 from vlmoe.data import shards as shards_module
 from vlmoe.data import stream as stream_module
 from vlmoe.data import urls
+from vlmoe.data.dealer import Dealer, shard_weights, uneven
 from vlmoe.data.files import FileOptions
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.rows import rows_of_file
@@ -32,7 +33,7 @@ from vlmoe.data.sample import BadSample, Sample
 from vlmoe.data.shard_index import ShardIndex, scan_shard
 from vlmoe.data.shards import ShardSource
 from vlmoe.data.sources import open_files
-from vlmoe.data.stream import Dealer, StreamSource, held_out_of_stream, shard_weights
+from vlmoe.data.stream import StreamSource, held_out_of_stream
 from vlmoe.data.urls import FetchOptions
 
 READERS = 4
@@ -504,6 +505,28 @@ def test_dealing_never_overlaps() -> None:
         dealt = [(dealer.epoch(r, t), dealer.deal(r, t)) for r in range(readers) for t in range(3 * shards)]
         for epoch in range(3 * shards * readers // shards - 1):
             assert sorted(s for e, s in dealt if e == epoch) == list(range(shards))
+
+
+@pytest.mark.parametrize(
+    ("files", "readers", "said"),
+    [
+        (1, 1, ""),
+        (8, 8, ""),
+        (24, 8, ""),
+        (33, 8, ""),
+        (1, 4, "1 file is too few for 4 readers .* up to 4 read the same file .* data.stream.readers = 1,"),
+        (3, 8, "3 files are too few for 8 readers .* up to 3 read the same file .*readers = 3, .* 32 files or more"),
+        (12, 8, "12 files cannot be dealt evenly to 8 readers .* data.stream.readers = 6, .* or as a multiple of 8"),
+        (31, 8, "31 files cannot .* data.stream.readers = 7,"),
+        (13, 8, "13 files cannot .* data.stream.readers = 3,"),
+    ],
+)
+def test_files_that_cannot_be_dealt_evenly_are_said(files: int, readers: int, said: str) -> None:
+    found = uneven(files, readers)
+    assert len(found) == bool(said) and all(re.search(said, line) for line in found)
+    if "same file" in said:
+        together = [Counter(Dealer(files, readers, key).deal(r, 0) for r in range(readers)) for key in range(20)]
+        assert max(max(count.values()) for count in together) == -(-readers // files)
 
 
 @pytest.mark.parametrize("type", ["shards", "parquet"])

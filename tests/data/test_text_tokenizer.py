@@ -1,4 +1,5 @@
 import functools
+import importlib
 import io
 import json
 import os
@@ -27,11 +28,11 @@ from vlmoe.data.text_tokenizer import (
     TextTokenizer,
     build_text_tokenizer,
     load_text_tokenizer,
-    parts_of_words,
     read_tokenizer,
     train_byte_pairs,
     train_wordpiece,
 )
+from vlmoe.data.words import parts_of_words
 
 TEXTS = ["a red circle", "the blue square above the star", "small green star left", "large red square right"] * 3
 
@@ -348,11 +349,102 @@ def test_xlm_r_has_its_mask_and_siglip_is_given_one(tmp_path: Path) -> None:
         siglip.check_fits(6, "x")
 
 
+def byte_pairs_of(folder: Path, clip: bool = False) -> Path:
+    """vocab.json and merges.txt as of GPT-2 or CLIP. Returns the folder."""
+    folder.mkdir()
+    made = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>" if clip else ""))
+    made.normalizer = normalizers.Lowercase() if clip else None  # type: ignore[assignment]
+    cuts = [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)] if clip else []
+    made.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>" if clip else "",
+    )  # fmt: skip
+    made.train_from_iterator([*TEXTS, *SAID], trainer)
+    made.model.save(str(folder))
+    assert sorted(p.name for p in folder.iterdir()) == ["merges.txt", "vocab.json"]
+    return folder
+
+
+SAID = ["A Red  circle, don't ask; it's 42 (or 7)!", "ÀÉ naïve squares", " above"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "roberta", "clip"])
+def test_vocab_json_and_merges_are_read_as_transformers_reads_them(kind: str, tmp_path: Path) -> None:
+    name = {"gpt2": "GPT2Tokenizer", "roberta": "RobertaTokenizer", "clip": "CLIPTokenizer"}[kind]
+    known = importlib.import_module(f"transformers.models.{kind}.tokenization_{kind}")
+    folder = byte_pairs_of(tmp_path / kind, kind == "clip")
+    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
+    theirs = getattr(known, name)(vocab=json.loads((folder / "vocab.json").read_text()), merges=merges)
+    for place in (folder, folder / "vocab.json", folder / "merges.txt"):
+        ours = read_tokenizer("hf", place)
+        for text in (*SAID, *TEXTS[:4]):
+            assert ours.encode(text)[0] == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.decode(ours.encode("a red circle")[0]) == "a red circle"
+    offsets = ours.encode(TEXTS[1])[1]
+    assert "".join(TEXTS[1][start:stop] for start, stop in offsets).replace(" ", "") == TEXTS[1].replace(" ", "")
+    assert ours.unk_id is None and "<|endoftext|>" not in ours.added
+    ours.save(tmp_path / "run")
+    again = load_text_tokenizer(tmp_path / "run")
+    assert [again.encode(text) for text in SAID] == [ours.encode(text) for text in SAID]
+    # what stands beside the files decides
+    (folder / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{name}Fast", "add_prefix_space": true}}')
+    assert read_tokenizer("hf", folder).encode("above")[0] == ours.encode(" above")[0]
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(UserError, match=r"how Qwen2Tokenizer cuts texts into words is not known here. trans"):
+        read_tokenizer("hf", folder)
+
+
+def test_words_of_clip_end_where_their_last_token_says(tmp_path: Path) -> None:
+    clip = read_tokenizer("hf", byte_pairs_of(tmp_path / "clip", clip=True))
+    ids = clip.encode("red circle")[0]
+    assert [clip.token(i) for i in ids] == ["red</w>", "circle</w>"]
+    assert clip.decode(ids) == "red circle" and not any(map(clip.continues, ids))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"vocab.json": "{}"}, "vocab.json: there is no merges.txt beside it"),
+        ({"vocab.json": '{"a</w>": 0}', "merges.txt": ""}, "has no token for each of the 256 bytes"),
+        ({"vocab.json": "[", "merges.txt": ""}, "cannot be read as vocab.json and merges.txt of GPT-2's kind"),
+    ],
+)
+def test_other_byte_pairs_are_refused(files: dict[str, str], said: str, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_tokenizer("hf", tmp_path / "vocab.json")
+
+
+def test_a_sentencepiece_model_of_siglip_sees_what_siglips_own_code_shows_it(tmp_path: Path) -> None:
+    from transformers.models.siglip.tokenization_siglip import SiglipTokenizer
+
+    path = sentencepiece_model(tmp_path / "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    plain, theirs = read_tokenizer("hf", tmp_path), SiglipTokenizer(str(path))
+    assert plain.canonical is None  # T5 has a file of this name, too
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer", "do_lower_case": true}')
+    ours = read_tokenizer("hf", tmp_path)
+    texts = ["A Red, RED circle!", "(the) star's  left -- 'right'", "ΟΔΟΣ İ ß square", "¡small! ", "..."]
+    for text in texts:
+        ids, offsets = ours.encode(text)
+        assert ids == theirs.convert_tokens_to_ids(theirs.tokenize(text))
+        assert all(0 <= start <= stop <= len(text) for start, stop in offsets)
+    assert ours.encode("A Red!")[0] == plain.encode("a red")[0] != plain.encode("A Red!")[0]
+    text = "it's RED, a star"
+    offsets = ours.encode(text)[1]
+    assert "".join(text[start:stop] for start, stop in offsets).replace(" ", "") == "itsREDastar"
+    ours.save(tmp_path / "run")
+    for again in (load_text_tokenizer(tmp_path / "run"), pickle.loads(pickle.dumps(ours))):
+        assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer", "do_lower_case": false}')
+    assert read_tokenizer("hf", tmp_path).encode("A Red!")[0] == plain.encode("A Red")[0]
+
+
 def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(
-        UserError, match=r"expected tokenizer.json, .*vocab.txt in it, and there is merges.txt. .*write"
-    ):
+    words = r"expected tokenizer.json, .* vocab.json with merges.txt in it, and there is merges.txt. .*write"
+    with pytest.raises(UserError, match=words):
         read_tokenizer("hf", tmp_path)
     with pytest.raises(UserError, match=r"expected a .model or .spm file in it"):
         read_tokenizer("sentencepiece", tmp_path)

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import gc
 import http.server
+import multiprocessing
 import os
 import pickle
 import threading
@@ -12,10 +14,11 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vlmoe.config import UserError
-from vlmoe.data import urls
+from vlmoe.data import fetch, urls
 from vlmoe.data.fetch import ALLOW_PIPE, Files, OpenFile
 from vlmoe.data.files import FileOptions
 from vlmoe.data.parquet import ParquetSource
@@ -23,6 +26,7 @@ from vlmoe.data.shards import ShardSource, expand_shards
 from vlmoe.data.urls import (
     FetchError,
     FetchOptions,
+    Stat,
     expand_url,
     is_url,
     shown_names,
@@ -95,6 +99,15 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             use()
 
 
+def test_a_missing_library_is_named_before_a_worker_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(protocol: str) -> None:
+        raise ImportError(f"Install what reads {protocol}")
+
+    monkeypatch.setattr(urls.fsspec, "get_filesystem_class", missing)
+    with pytest.raises(UserError, match=r"s3://b/0.tar: Install what reads s3; pip install 'vlmoe\[cloud\]'"):
+        expand_shards("s3://b/{0..1}.tar")
+
+
 def test_the_folder_stays_within_its_limit_and_keeps_what_was_used_last() -> None:
     files = Files(FetchOptions(limit=250))
     for i in range(3):
@@ -116,6 +129,30 @@ def test_a_file_that_changes_is_brought_anew() -> None:
     assert content(files.open("memory://a")) == b"one"
     put("a", b"another")
     assert content(files.open("memory://a")) == b"another"
+
+
+def test_what_a_listing_says_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: dict[str, Stat] = {}
+    put("a/x.tar", b"one")
+    assert expand_shards("memory://a/*.tar", listed) == expand_shards("memory://a") == [*listed]
+    assert [stat.size for stat in listed.values()] == [3]
+    asked: list[str] = []
+    monkeypatch.setattr(fetch, "look_up", lambda url: asked.append(url) or urls.look_up(url))
+    files = Files(FetchOptions(attempts=2), listed)
+    assert [content(files.open(*listed)) for _ in range(2)] == [b"one", b"one"]
+    assert not asked
+    assert content(Files(FetchOptions()).open(*listed)) == b"one"  # the same file, who asks and who does not
+    assert len(asked) == 1 and len(list(files.folder.glob("*.file"))) == 1
+
+
+def test_a_file_that_has_changed_since_it_was_listed_is_asked_for_anew() -> None:
+    listed: dict[str, Stat] = {}
+    put("a/x.tar", b"one")
+    expand_shards("memory://a/*.tar", listed)
+    put("a/x.tar", b"another")
+    with pytest.raises(FetchError, match=r"^7 of 3 bytes came$"):
+        Files(FetchOptions(attempts=1), listed).open(*listed)
+    assert content(Files(FetchOptions(attempts=2), listed).open(*listed)) == b"another"
 
 
 def test_what_fails_is_tried_so_often_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +221,33 @@ def test_shards_over_http(server: str, tmp_path: Path) -> None:
     assert [source[i].text for i in range(6)] == [f"{i}.tar number {j}" for i in range(2) for j in range(3)]
     with pytest.raises(UserError, match=r"shard http://.*/2.tar: cannot be read: .*\(2 attempts\)"):
         ShardSource(FileOptions("text", server + "/2.tar", "all", fetch=FetchOptions(attempts=2)))
+
+
+def test_a_fork_leaves_its_parents_sessions_alone(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To end one there waits a second for a thread of the parent's."""
+    end, parent = HTTPFileSystem.close_session, os.getpid()
+    ended: list[int] = []
+
+    def noted(loop: Any, session: Any) -> None:
+        ended.append(os.getpid())
+        if os.getpid() == parent:
+            end(loop, session)
+
+    monkeypatch.setattr(HTTPFileSystem, "close_session", staticmethod(noted))
+    HTTPFileSystem.clear_instance_cache()
+    (tmp_path / "served" / "a").write_bytes(b"abc")
+    assert content(Files(FetchOptions()).open(f"{server}/a")) == b"abc"
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+
+    def child() -> None:
+        gc.collect()
+        there.send((ended, content(Files(FetchOptions(limit=0)).open(f"{server}/a"))))
+
+    process = fork.Process(target=child)
+    process.start()
+    assert here.recv() == ([], b"abc")
+    process.join()
 
 
 def test_random_access_to_urls_needs_room_for_all_of_them() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from vlmoe.data.text_tokenizer import TextTokenizer, parts_of_words, train_byte_pairs, train_wordpiece
+from vlmoe.data.text_tokenizer import TextTokenizer, train_byte_pairs, train_wordpiece
+from vlmoe.data.words import parts_of_words
 from vlmoe.evaluate.completions import Completion, Word, draw, guess_of
 
 TEXTS = ["walk walked walking talk talked"] * 3

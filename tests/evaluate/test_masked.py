@@ -10,7 +10,15 @@ from torch import Tensor
 from vlmoe.config import ModelConfig
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.visual_tokenizer import StoredCodes
-from vlmoe.evaluate.masked import Tally, expert_use, fill_in, image_scores, text_scores, words_right
+from vlmoe.evaluate.masked import (
+    Tally,
+    expert_use,
+    fill_in,
+    image_scores,
+    text_scores,
+    with_others_images,
+    words_right,
+)
 from vlmoe.evaluate.pretrained import evaluate_masked
 from vlmoe.model import BackboneOutput, Segment
 from vlmoe.tasks.pretrain import MaskedDataModelling
@@ -77,6 +85,17 @@ def test_text_accuracy_with_without_and_with_another_image() -> None:
         "colour": {"seen": 1.0, "blind": 0.0, "swapped": 0.0, "predictions": 1},
         "function": {"seen": 0.0, "blind": 1.0, "swapped": 0.0, "predictions": 1},
     }
+
+
+@pytest.mark.parametrize(("sizes", "count"), [([5], 5), ([2, 2, 1], 5), ([3, 3], 6), ([1], 1), ([], 0)])
+def test_anothers_image_is_that_of_the_sample_half_of_all_away(sizes: list[int], count: int) -> None:
+    pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    batches = [Batch([""] * len(part), part) for part in pixels.split(sizes)]
+    found = list(with_others_images(batches))
+    assert [own for own, _ in found] == batches
+    assert [int(image[0, 0, 0]) for _, other in found for image in other] == [
+        (i + count // 2) % count for i in range(count)
+    ]
 
 
 def test_words_of_texts_alone_by_class() -> None:

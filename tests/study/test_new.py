@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from tests.test_cli import error_of, invoke
 from vlmoe.config import Recipe, UserError, load_recipe
 from vlmoe.data import survey as surveys
+from vlmoe.data.check_recipe import MOST_REPEATS, check_recipe
 from vlmoe.data.survey import Survey, survey
 from vlmoe.study.new import Draft, Machine, new_recipe
 from vlmoe.train import plots
@@ -92,10 +93,20 @@ def test_what_is_chosen_fits_the_data_and_the_machine(tmp_path: Path) -> None:
 def test_steps_follow_the_data_where_time_allows(tmp_path: Path) -> None:
     found = survey("folder", str(folder_of(tmp_path / "icons")))
     draft, plan = quick(found, tmp_path / "a.yaml")
-    assert (draft.steps, plan.train.steps, plan.data.batch.pair, plan.model.width) == (200, 200, 4, 64)
-    draft, plan = quick(found, tmp_path / "b.yaml", minutes=2, seconds=1.0)
-    assert plan.train.steps == 120
+    assert (draft.steps, plan.train.steps, plan.data.batch.pair, plan.model.width) == (100, 100, 4, 64)
+    draft, plan = quick(found, tmp_path / "b.yaml", minutes=1.5, seconds=1.0)
+    assert plan.train.steps == 90
     assert "about 2 min after the tokenizers: 1 s a step on these 8 cores" in (tmp_path / "b.yaml").read_text()
+
+
+@pytest.mark.parametrize("count", [2, 12, 70, 330])
+def test_data_check_has_nothing_against_how_often_it_shows_a_sample(tmp_path: Path, count: int) -> None:
+    found = survey("folder", str(folder_of(tmp_path / "icons", count)))
+    draft, plan = quick(found, tmp_path / "a.yaml")
+    assert draft.steps >= 200 or count < 20
+    report = check_recipe(plan, samples=2)
+    assert 0 < report["sources"][0]["repeats"] <= MOST_REPEATS
+    assert not [line for line in report["problems"] if "is shown" in line]
 
 
 def test_images_alone_shards_and_parquet(tmp_path: Path) -> None:

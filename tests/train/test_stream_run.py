@@ -1,13 +1,19 @@
 """A run that reads streams goes on from its checkpoints with the very numbers of one that never stopped."""
 
+import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import pytest
+from rich.console import Console
 
 from tests.data.fakes import small_recipe
 from tests.data.test_stream import shard
-from vlmoe.config import Recipe
+from vlmoe.config import Recipe, UserError
+from vlmoe.data.check_recipe import check_recipe
+from vlmoe.train import pretrain as module
 from vlmoe.train.pretrain import MODEL, STREAM, pretrain
 from vlmoe.train.runlog import METRICS, read_lines
 
@@ -51,3 +57,23 @@ def test_a_stream_resumes_exactly_with_other_workers_and_without_its_ledger(tmp_
             shutil.rmtree(run / STREAM)
         pretrain(recipe_of(run, tmp_path / "data", workers))
         assert trace(run) == trace(whole)
+
+
+def test_too_few_files_are_said_once_in_the_check_and_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(*_: Any) -> NoReturn:
+        raise UserError("begun")
+
+    monkeypatch.setattr(module, "train", begun)
+    (tmp_path / "data").mkdir()
+    for i, said in enumerate(("1 file is too few for 2 readers", "", "3 files cannot be dealt evenly to 2 readers")):
+        (tmp_path / "data" / f"{i}.tar").write_bytes(shard(f"{i}.tar", 9))
+        recipe, console = recipe_of(tmp_path / f"run {i}", tmp_path / "data", 0), Console(file=io.StringIO(), width=60)
+        with pytest.raises(UserError, match="begun"):
+            pretrain(recipe, console)
+        assert isinstance(console.file, io.StringIO)
+        for lines in (check_recipe(recipe)["problems"], console.file.getvalue().splitlines()):
+            found = [line for line in lines if "readers" in line]
+            assert len(found) == bool(said)
+            assert all(line.startswith(f"text of {tmp_path}/data: {said}") for line in found)

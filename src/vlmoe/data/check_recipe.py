@@ -18,12 +18,12 @@ from vlmoe.data.loader import HELD_OUT_SEED
 from vlmoe.data.mixture import Schedule
 from vlmoe.data.near import Look, look_at, near
 from vlmoe.data.sample import ENDLESS, KINDS, BadSample, Source
-from vlmoe.data.sources import build_sources, understood_of
+from vlmoe.data.sources import build_sources, understood_of, warnings_of
 from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
 
 MADE = 2000  # samples looked at of a source that makes them without end
 # What is worth a word: shares of texts or tokens, times that a sample is shown.
-MOST_CUT, MOST_UNKNOWN, MOST_SAME, MOST_REPEATS, FEWEST = 0.1, 0.02, 0.05, 40, 30
+MOST_CUT, MOST_UNKNOWN, MOST_SAME, MOST_REPEATS, FEWEST = 0.1, 0.02, 0.05, 50, 30
 MOST_NEAR = 0.01  # of held-out images: a few look nearly the same as another and are not
 
 
@@ -67,6 +67,7 @@ def check_recipe(
     tokenizer = tokenizer or build_text_tokenizer(recipe)
     report: dict[str, Any] = {"recipe": recipe.name, "sources": [], "held_out": {}, "understood": []}
     steps = recipe.train.steps * recipe.train.accumulate
+    warnings: list[str] = []
     for kind in KINDS:
         batch = getattr(recipe.data.batch, kind)
         if not batch:
@@ -81,9 +82,10 @@ def check_recipe(
             trained.append(seen)
             report["sources"].append(_row(source, seen, share, steps * batch * share))
         report["understood"] += understood_of(source for source, _ in built)
+        warnings += warnings_of(source for source, _ in built)
         held = [s for s, _ in build_sources(recipe.data, recipe.model, kind, "val", HELD_OUT_SEED)]
         report["held_out"][kind] = _overlap([_look(s, collator, samples, progress) for s in held], trained)
-    report["problems"] = _problems(report, recipe)
+    report["problems"] = warnings + _problems(report, recipe)
     return report
 
 

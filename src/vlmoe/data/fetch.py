@@ -15,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from vlmoe.data.urls import (
     PIPE,
     FetchError,
     FetchOptions,
+    Stat,
     credentials_of,
     filesystem,
     gone,
     is_url,
+    look_up,
     persist,
     without_query,
 )
@@ -83,10 +85,10 @@ class _Reading(io.RawIOBase):
 
 
 class Files:
-    """Opens files by path or URL."""
+    """Opens files by path or URL. listed: what is known of URLs; of others their place is asked each time."""
 
-    def __init__(self, options: FetchOptions) -> None:
-        self.options = options
+    def __init__(self, options: FetchOptions, listed: Mapping[str, Stat] | None = None) -> None:
+        self.options, self.listed = options, dict(listed or {})
         self.folder = Path(options.folder) if options.folder else cache_folder() / "files"
 
     def open(self, name: str) -> OpenFile:
@@ -105,17 +107,18 @@ class Files:
         return self.folder
 
     def _open(self, url: str) -> int:
-        bring, identity = _piped(url) if url.startswith(PIPE) else _remote(url)
+        bring, identity = _piped(url) if url.startswith(PIPE) else self._remote(url)
         digest = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
         place = self.made_folder() / f"{digest}.file"
         with self._lock(digest[:2]):  # of several processes that want the same file one brings it
             with suppress(FileNotFoundError):
                 descriptor = os.open(place, os.O_RDONLY)
-                os.utime(place, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))  # used now
+                os.utime(place, ns=(now := time.time_ns(), now))
                 return descriptor
             temporary = f"{place}.{os.getpid()}.{threading.get_ident()}.tmp"
             try:
                 bring(temporary)
+                os.utime(temporary, ns=(now := time.time_ns(), now))
                 descriptor = os.open(temporary, os.O_RDONLY)
                 os.replace(temporary, place)
             finally:
@@ -124,8 +127,23 @@ class Files:
         self._trim()
         return descriptor
 
+    def _remote(self, url: str) -> tuple[Callable[[str], None], str]:
+        """What brings a file to a place, and what tells it from others and from later states of itself."""
+        about = self.listed.get(url) or look_up(url)
+
+        def bring(place: str) -> None:
+            files, path = filesystem(url)
+            files.get_file(path, place)
+            found = os.path.getsize(place)
+            if about.size is not None and found != about.size:
+                self.listed.pop(url, None)  # it may have changed since: the next attempt asks
+                raise OSError(f"{found} of {about.size} bytes came")
+
+        return bring, f"{url}\n{about.version}\n{about.size}"
+
     def _trim(self) -> None:
-        """Keep within the limit. Files that someone has open keep their content until they are closed."""
+        """Keep within the limit. Files that someone has open keep their content until they are closed. When a file was
+        used last is its time of change: what the kernel notes of readings is too coarse to tell files apart."""
         with self._lock("trim"):
             kept: list[tuple[int, int, str]] = []
             for entry in os.scandir(self.folder):
@@ -134,7 +152,7 @@ class Files:
                     if entry.name.endswith(".tmp") and about.st_mtime < time.time() - _LEFT_BEHIND:
                         os.unlink(entry.path)
                     elif entry.name.endswith(".file"):
-                        kept.append((about.st_atime_ns, about.st_size, entry.path))
+                        kept.append((about.st_mtime_ns, about.st_size, entry.path))
             total = sum(size for _, size, _ in kept)
             for _, size, path in sorted(kept):
                 if total <= self.options.limit:
@@ -151,10 +169,13 @@ class Files:
 
 
 class FileList:
-    """Files of a list, by their numbers; those used last stay open. what: what errors call one of them."""
+    """Files of a list, by their numbers; those used last stay open. what: what errors call one of them. listed: as of
+    `Files`."""
 
-    def __init__(self, names: Sequence[str], options: FetchOptions, what: str) -> None:
-        self.names, self.files, self.what = names, Files(options), what
+    def __init__(
+        self, names: Sequence[str], options: FetchOptions, what: str, listed: Mapping[str, Stat] | None = None
+    ) -> None:
+        self.names, self.files, self.what = names, Files(options, listed), what
         self._open: OrderedDict[int, OpenFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,20 +237,6 @@ class Ahead(threading.Thread):
         if self._found is None:
             raise self.error or FetchError("its download has ended without a word")
         return self._found
-
-
-def _remote(url: str) -> tuple[Callable[[str], None], str]:
-    """What brings a file to a place, and what tells it from others and from later states of itself."""
-    files, path = filesystem(url)
-    size = files.info(path).get("size")
-
-    def bring(place: str) -> None:
-        files.get_file(path, place)
-        found = os.path.getsize(place)
-        if size is not None and found != size:
-            raise OSError(f"{found} of {size} bytes came")
-
-    return bring, f"{url}\n{files.ukey(path)}\n{size}"
 
 
 def _piped(url: str) -> tuple[Callable[[str], None], str]:

@@ -33,11 +33,12 @@ from vlmoe.data.walk import Walk, walk_files
 _CHUNK = 1 << 24
 
 
-def _folder(path: str) -> Path:
-    folder = Path(path)
-    if not folder.is_dir():
+def existing(path: str, kind: str) -> Path:
+    """The path of a source: a folder, or for texts alone a file. Raises UserError where there is none."""
+    found = Path(path)
+    if not found.is_dir() and not (kind == "text" and found.is_file()):
         raise UserError(f"folder {path}: no such folder")
-    return folder
+    return found
 
 
 class ImageFolder(FileSource):
@@ -53,7 +54,7 @@ class ImageFolder(FileSource):
 
     def __init__(self, options: FileOptions) -> None:
         super().__init__(options)
-        self.folder = _folder(options.path)
+        self.folder = existing(options.path, options.kind)
         walk = walk_files(self.folder)
         tables = Tables(self.folder, walk.files, options.text_column) if self.kind == "pair" else None
         listed = tables.captions if tables is not None else {}
@@ -147,12 +148,11 @@ class TextLines(FileSource):
 
     def __init__(self, options: FileOptions) -> None:
         super().__init__(options)
-        root = Path(options.path)
+        root = existing(options.path, "text")
         if root.is_file():
             self.paths = [root]
         else:
-            folder = _folder(options.path)
-            self.paths = sorted(folder / name for name in walk_files(folder).files if name.lower().endswith(".txt"))
+            self.paths = sorted(root / name for name in walk_files(root).files if name.lower().endswith(".txt"))
         lines = [_line_places(path) for path in self.paths]
         self.offsets = np.concatenate([*(starts for starts, _, _ in lines), np.zeros(0, dtype=np.int64)])
         self.numbers = np.concatenate([*(numbers for _, numbers, _ in lines), np.zeros(0, dtype=np.int32)])

@@ -24,7 +24,7 @@ from vlmoe.data.downstream.example import Example
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import KINDS
 from vlmoe.data.skipped import BadBudget
-from vlmoe.data.sources import build_sources, understood_of
+from vlmoe.data.sources import build_sources, understood_of, warnings_of
 from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.data.workers import WorkerLostError, items_of, ready_worker
 
@@ -79,6 +79,10 @@ class StepData(Dataset[Step]):
     def understood(self) -> list[str]:
         """What the sources take for image, text and codes, in lines for people."""
         return [line for _, mixture, _ in self.parts.values() for line in understood_of(mixture.sources)]
+
+    def warnings(self) -> list[str]:
+        """What of the sources is better put right before the run, likewise."""
+        return [line for _, mixture, _ in self.parts.values() for line in warnings_of(mixture.sources)]
 
     def __getitem__(self, micro_step: int) -> Step:
         step = Step({})

@@ -12,7 +12,6 @@ import functools
 import mmap
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from vlmoe.data.fetch import FileList, Files, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, chosen_rows, hash_entries, is_held_out, split_rows
 from vlmoe.data.sample import BadSample
 from vlmoe.data.table_files import expand_tables, roots_of
-from vlmoe.data.urls import FetchError, file_name, persist, shown_names, without_query
+from vlmoe.data.urls import FetchError, Stat, file_name, persist, shown_names, without_query
 
 WINDOW_BYTES = 1 << 28  # of decoded row groups kept in memory, in each worker; one group is kept whatever its size
 
@@ -44,8 +43,9 @@ class ParquetSource(FileSource):
 
     def __init__(self, options: FileOptions, files: list[str] | None = None) -> None:
         super().__init__(options)
-        self.names = files or expand_tables(options.path, ".parquet")
-        self.files = FileList(self.names, options.fetch, "parquet")
+        listed: dict[str, Stat] = {}
+        self.names = files or expand_tables(options.path, ".parquet", listed)
+        self.files = FileList(self.names, options.fetch, "parquet", listed)
         self.shown = shown_names(self.names)
         groups: list[tuple[int, int, int, int]] = []  # file, group in it, rows, bytes
         hashes = [np.zeros(0, dtype=np.uint64)]
@@ -150,12 +150,11 @@ class ParquetSource(FileSource):
         return result
 
 
-def columns_of(files: Sequence[str], options: FileOptions) -> Columns:
-    """The columns of the first file. Raises UserError: it cannot be had, or lacks one."""
-    name = f"parquet {without_query(files[0])}"
+def columns_of(file: str, files: Files, options: FileOptions) -> Columns:
+    """The columns of a file. Raises UserError: it cannot be had, or lacks one."""
+    name = f"parquet {without_query(file)}"
     try:
-        file = Files(options.fetch).open(files[0])
-        return Columns(pq.read_schema(file.reader()), options, name)
+        return Columns(pq.read_schema(files.open(file).reader()), options, name)
     except (pa.ArrowException, OSError, FetchError) as error:
         raise UserError(f"{name}: cannot be read: {error}") from None
 

@@ -26,6 +26,7 @@ from vlmoe.data.sample import BadSample
 from vlmoe.data.shard_index import MAX_PART_BYTES, Indexes, ShardIndex, index_shards, scan_shard
 from vlmoe.data.urls import (
     FetchError,
+    Stat,
     expand_url,
     file_name,
     is_url,
@@ -36,10 +37,10 @@ from vlmoe.data.urls import (
 from vlmoe.data.walk import walk_files
 
 
-def expand_shards(pattern: str) -> list[str]:
+def expand_shards(pattern: str, listed: dict[str, Stat] | None = None) -> list[str]:
     """Shard files of a pattern with braces (train-{000..017}.tar) and wildcards (** for any folders), or of a folder
     and those below it, in order. URLs take braces and wildcards too; whether one that is named exists shows when it is
-    read.
+    read. listed: as of `expand_url`.
 
     Raises UserError when a named file does not exist, nothing matches, or a file is compressed.
     """
@@ -50,7 +51,7 @@ def expand_shards(pattern: str) -> list[str]:
         raise UserError(f"shards {pattern}: {error}") from None
     for name in map(local_path, names):
         if is_url(name):
-            found += expand_url(name, ".tar")
+            found += expand_url(name, ".tar", listed=listed)
         elif os.path.isdir(name):
             found += [os.path.join(name, f) for f in sorted(walk_files(name).files) if f.lower().endswith(".tar")]
         elif glob.has_magic(name) and not os.path.exists(name):
@@ -152,8 +153,9 @@ class ShardSource(FileSource):
 
     def __init__(self, options: FileOptions, shards: list[str] | None = None) -> None:
         super().__init__(options)
-        self.shards = shards or expand_shards(options.path)
-        self.files = FileList(self.shards, options.fetch, "shard")
+        listed: dict[str, Stat] = {}
+        self.shards = shards or expand_shards(options.path, listed)
+        self.files = FileList(self.shards, options.fetch, "shard", listed)
         if any(map(is_url, self.shards)):
             self.indexes = Indexes(dict(enumerate(self._scan(bounded=shards is None))), [])
         else:

@@ -19,7 +19,8 @@ from vlmoe.data.loader import HELD_OUT_SEED
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import KINDS, Sample
 from vlmoe.data.sources import build_sources, understood_of
-from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer, parts_of_words
+from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer
+from vlmoe.data.words import parts_of_words
 
 GREY = 128
 COLUMNS = 4

@@ -8,11 +8,11 @@ from pathlib import Path
 from vlmoe.config import DataConfig, ModelConfig, Recipe, SourceConfig, UserError
 from vlmoe.data.arrow import ArrowSource
 from vlmoe.data.files import FileOptions, FileSource
-from vlmoe.data.folder import ImageFolder, TextLines
+from vlmoe.data.folder import ImageFolder, TextLines, existing
 from vlmoe.data.parquet import ParquetSource
 from vlmoe.data.sample import KINDS, Source
 from vlmoe.data.shards import ShardSource
-from vlmoe.data.stream import StreamSource, held_out_of_stream
+from vlmoe.data.stream import StreamSource, expand, held_out_of_stream
 from vlmoe.data.world import SPLITS, World, available_splits
 
 
@@ -80,6 +80,19 @@ def open_files(type: str, options: FileOptions) -> FileSource:
     return TextLines(options) if options.kind == "text" else ImageFolder(options)
 
 
+def check_paths(data: DataConfig) -> None:
+    """Raises UserError where a file or folder that a source in the batch names is not there. Nothing is read."""
+    for config in data.sources:
+        if config.type == "world" or not getattr(data.batch, config.kind):
+            continue
+        if config.type == "folder":
+            existing(config.path, config.kind)
+        else:
+            expand(config.path, config.type)
+        if config.images and not Path(config.images).is_dir():
+            raise UserError(f"{config.type} {config.path}: images {config.images}: no such folder")
+
+
 def understood_of(sources: Iterable[Source]) -> list[str]:
     """What sources take for image, text and codes where that had to be found out, in lines for people."""
     return [
@@ -87,6 +100,16 @@ def understood_of(sources: Iterable[Source]) -> list[str]:
         for source in sources
         if isinstance(source, (FileSource, StreamSource))
         for line in source.understood()
+    ]
+
+
+def warnings_of(sources: Iterable[Source]) -> list[str]:
+    """What a run of these sources should not begin without, in lines for people."""
+    return [
+        f"{source.kind} of {source.name}: {line}"
+        for source in sources
+        if isinstance(source, StreamSource)
+        for line in source.warnings()
     ]
 
 

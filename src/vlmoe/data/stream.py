@@ -29,11 +29,10 @@ the run ends: resumed, it tries the same ones again.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import multiprocessing
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +42,7 @@ import numpy as np
 from vlmoe.config import SourceConfig, StreamConfig, UserError
 from vlmoe.data.augment import Views
 from vlmoe.data.counter import hash64, shuffled
+from vlmoe.data.dealer import Dealer, shard_weights, uneven
 from vlmoe.data.fetch import Ahead, Files, OpenFile
 from vlmoe.data.files import FileOptions, FileSource, Parts, choose_caption, make_sample
 from vlmoe.data.ledger import Ledger, Turn
@@ -51,35 +51,11 @@ from vlmoe.data.rows import rows_of_file
 from vlmoe.data.sample import ENDLESS, BadSample, Sample
 from vlmoe.data.shards import OpenShard, ShardSource, expand_shards
 from vlmoe.data.table_files import expand_tables
-from vlmoe.data.urls import FetchError, file_name, is_url, persist, shown_names, without_query
+from vlmoe.data.urls import FetchError, Stat, file_name, is_url, persist, shown_names, without_query
 
 LOST_IN_A_ROW = 8  # shards that a reader may lose one after the other
 FEW = 64  # samples of a block that may all be bad
 HELD_OUT_SAMPLES = 1024  # of a stream, about so many are evaluated on
-
-
-@dataclass(frozen=True)
-class Dealer:
-    """Which shard each turn of each reader takes. until: (shards,), the sum of the weights up to each; None for
-    epochs."""
-
-    shards: int
-    readers: int
-    key: int
-    until: np.ndarray | None = None
-
-    def epoch(self, reader: int, turn: int) -> int:
-        """Resampling knows one, which never ends."""
-        return (reader + turn * self.readers) // self.shards if self.until is None else 0
-
-    def deal(self, reader: int, turn: int) -> int:
-        """The shard."""
-        if self.until is None:
-            epoch, place = divmod(reader + turn * self.readers, self.shards)
-            return shuffled(place, self.shards, hash64("shards", self.key, epoch))
-        most = np.nextafter(self.until[-1], 0)
-        drawn = min((hash64("draw", self.key, reader, turn) >> 11) / 2**53 * self.until[-1], most)
-        return int(np.searchsorted(self.until, drawn, side="right"))
 
 
 class Shard(Protocol):
@@ -281,10 +257,11 @@ class StreamSource:
         self.kind, self.name, self.id = options.kind, options.path, f"{options.kind}-{number}"
         self.readers = stream.readers
         self.type = config.type
-        self.shards = expand(options.path, self.type)
-        self.columns = columns_of(self.shards, options) if self.type == "parquet" else None
+        listed: dict[str, Stat] = {}
+        self.shards = expand(options.path, self.type, listed)
+        self.files = Files(options.fetch, listed)
+        self.columns = columns_of(self.shards[0], self.files, options) if self.type == "parquet" else None
         self.shown = shown_names(self.shards)
-        self.files = Files(options.fetch)
         self.key = hash64("stream", seed, options.kind, number)
         until = np.cumsum(shard_weights(self.shards, config)) if config.read == "resample" else None
         self.dealer = Dealer(len(self.shards), self.readers, self.key, until)
@@ -309,6 +286,10 @@ class StreamSource:
     def understood(self) -> list[str]:
         """As of `FileSource`."""
         return self.columns.understood() if self.columns is not None else []
+
+    def warnings(self) -> list[str]:
+        """For people: that there are too few files for the readers, and what to do."""
+        return [] if self.dealer.until is not None else uneven(len(self.shards), self.readers)
 
     def __getitem__(self, index: int) -> Sample:
         return self.draw(index, 0)
@@ -339,27 +320,10 @@ class StreamSource:
         return self.reader(reader).read(k, image)
 
 
-def shard_weights(shards: Sequence[str], config: SourceConfig) -> np.ndarray:
-    """How often each shard is drawn, relative to others: by the first pattern that fits its name or path, else 1.
-
-    Raises UserError when a pattern fits no shard, or nothing is left to draw.
-    """
-    weights = np.ones(len(shards))
-    weighed = np.zeros(len(shards), dtype=bool)
-    for pattern, weight in config.shard_weights.items():
-        fits = np.array([fnmatch.fnmatchcase(file_name(s), pattern) or fnmatch.fnmatchcase(s, pattern) for s in shards])
-        if not fits.any():
-            raise UserError(f"{config.type} {config.path}: no shard's name fits '{pattern}' of shard_weights")
-        weights[fits & ~weighed] = weight
-        weighed |= fits
-    if not weights.sum() > 0:
-        raise UserError(f"{config.type} {config.path}: shard_weights leaves nothing to draw")
-    return weights
-
-
-def expand(pattern: str, type: str) -> list[str]:
-    """The files that a pattern stands for. type: shards or parquet. Raises UserError."""
-    return expand_shards(pattern) if type == "shards" else expand_tables(pattern, ".parquet")
+def expand(pattern: str, type: str, listed: dict[str, Stat] | None = None) -> list[str]:
+    """The files that a pattern stands for. type: shards, parquet or arrow. listed: as of `expand_url`. Raises
+    UserError."""
+    return expand_shards(pattern, listed) if type == "shards" else expand_tables(pattern, f".{type}", listed)
 
 
 def held_out_of_stream(options: FileOptions, type: str) -> FileSource:

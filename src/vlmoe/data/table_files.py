@@ -12,7 +12,7 @@ import braceexpand
 
 from vlmoe.config import UserError, read_json
 from vlmoe.data.files import FileOptions
-from vlmoe.data.urls import expand_url, is_url, local_path
+from vlmoe.data.urls import Stat, expand_url, is_url, local_path
 from vlmoe.data.walk import walk_files
 
 SPLITS = {
@@ -22,11 +22,12 @@ SPLITS = {
 STATE, DICT = "state.json", "dataset_dict.json"  # of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
 
 
-def expand_tables(pattern: str, suffix: str) -> list[str]:
+def expand_tables(pattern: str, suffix: str, listed: dict[str, Stat] | None = None) -> list[str]:
     """Files of a path, glob pattern or folder, in order; of parquet files also of URLs and of a pattern with braces.
 
-    suffix: ".parquet" or ".arrow". Raises UserError: there are none, a folder holds several splits, or lacks a file
-    that its data set names.
+    suffix: ".parquet" or ".arrow". listed: as of `expand_url`.
+
+    Raises UserError: there are none, a folder holds several splits, or lacks a file that its data set names.
     """
     kind = suffix[1:]
     if os.path.exists(pattern) or suffix != ".parquet":
@@ -39,7 +40,7 @@ def expand_tables(pattern: str, suffix: str) -> list[str]:
     found: list[str] = []
     for name in names:
         if is_url(name):
-            found += _one_split(expand_url(name, suffix), name, kind)
+            found += _one_split(expand_url(name, suffix, listed=listed), name, kind)
         elif os.path.isdir(name):
             found += _in_folder(Path(name), suffix)
         elif glob.has_magic(name) and not os.path.exists(name):

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and forked data workers do not mix
@@ -24,11 +24,12 @@ import tokenizers
 from tokenizers import models
 
 from vlmoe.config import AlteredError, Recipe, UserError, check_files, read_sealed, write_sealed
+from vlmoe.data.canonical import Canonical, back
 from vlmoe.data.mixture import Mixture
 from vlmoe.data.sample import BadSample
 from vlmoe.data.sources import build_sources, read_text
 from vlmoe.data.text_training import BLANK, byte_pairs, no_words, word_pieces
-from vlmoe.data.tokenizer_files import read_foreign
+from vlmoe.data.tokenizer_files import canonical_of, find_tokenizer, read_foreign
 
 DESCRIPTION = "text.json"  # written last: its presence says that the tokenizer is complete
 FILES = {"hf": "tokenizer.json", "corpus": "tokenizer.json", "sentencepiece": "sentencepiece.model"}
@@ -48,7 +49,8 @@ class TextTokenizer(ABC):
 
     `encode` adds no special tokens; who builds a sequence puts `start_id` and `end_id` around it. Special tokens
     spelled out in a text ("[MASK]", "<s>") are ordinary characters. `size`: one more than the largest id. `unk_id`:
-    None where every text can be spelled. `added`: special tokens that it lacked and was given.
+    None where every text can be spelled. `added`: special tokens that it lacked and was given. `canonical`: the form
+    that a text is brought into first.
     """
 
     type: str
@@ -59,6 +61,7 @@ class TextTokenizer(ABC):
     mask_id: int
     unk_id: int | None
     added: tuple[str, ...] = ()
+    canonical: Canonical | None = None
     prefix = ""  # of tokens that go on with a word, where those have one
 
     @abstractmethod
@@ -98,6 +101,8 @@ class TextTokenizer(ABC):
         os.replace(temporary, folder / FILES[self.type])
         special = {name: getattr(self, f"{name}_id") for name in NAMES}
         about = {"type": self.type, "size": self.size, "special": special}
+        if self.canonical is not None:
+            about["canonical"] = asdict(self.canonical)
         write_sealed(folder / DESCRIPTION, about, [FILES[self.type]])
 
     @property
@@ -113,33 +118,6 @@ class TextTokenizer(ABC):
                 f"{what}: has {self.size} tokens{given}, more than model.vocabulary = {vocabulary}: set it to "
                 f"{self.size} or more"
             )
-
-
-@dataclass
-class PartOfWord:
-    """Tokens of one word, as people are shown it: those that are hidden one by one, others in a row together.
-
-    position: of the first of them in the text's tokens. joined: whether it goes on with the word before it.
-    """
-
-    ids: list[int]
-    position: int
-    hidden: bool
-    joined: bool
-
-
-def parts_of_words(tokenizer: TextTokenizer, ids: Sequence[int], hidden: Sequence[bool]) -> list[PartOfWord]:
-    """A text's tokens as parts of words, without start, end and padding."""
-    parts: list[PartOfWord] = []
-    for position, (id, hides) in enumerate(zip(ids, hidden, strict=True)):
-        if id in {tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id}:
-            continue
-        joined = bool(parts) and tokenizer.continues(id)
-        if joined and not hides and not parts[-1].hidden:
-            parts[-1].ids.append(id)
-        else:
-            parts.append(PartOfWord([id], position, hides, joined))
-    return parts
 
 
 class HFTokenizer(TextTokenizer):
@@ -164,7 +142,7 @@ class HFTokenizer(TextTokenizer):
             setattr(self, f"{role}_id", None if name is None else tokenizer.token_to_id(name))
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._hidden = {self.start_id, self.end_id, self.pad_id}
-        self._begin = _word_mark(tokenizer)
+        self._begin, self._end = _word_mark(tokenizer), _word_end(tokenizer)
         if isinstance(tokenizer.model, models.WordPiece):
             self.prefix = tokenizer.model.continuing_subword_prefix
 
@@ -177,7 +155,8 @@ class HFTokenizer(TextTokenizer):
 
     def decode(self, ids: list[int]) -> str:
         kept = [i for i in ids if i not in self._hidden]
-        return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
+        text = self.tokenizer.decode(kept, skip_special_tokens=False)
+        return (text.replace(self._end, " ") if self._end else text).strip()
 
     def token(self, id: int) -> str:
         return self.tokenizer.id_to_token(id) or ""
@@ -194,11 +173,19 @@ class HFTokenizer(TextTokenizer):
 
 
 def _word_mark(tokenizer: tokenizers.Tokenizer) -> str:
-    """What a token that begins a word begins with; empty where that is not known."""
+    """What a token that begins a word begins with; empty where that is not known, as where words are marked at their
+    end."""
+    if _word_end(tokenizer):
+        return ""
     decoder = tokenizer.decoder.__getstate__() if tokenizer.decoder is not None else b""
     if b"ByteLevel" in decoder:
         return "Ġ"
     return BLANK if BLANK in decoder.decode() else ""
+
+
+def _word_end(tokenizer: tokenizers.Tokenizer) -> str:
+    """What the last token of a word ends with, as CLIP's; empty elsewhere."""
+    return getattr(tokenizer.model, "end_of_word_suffix", None) or ""
 
 
 class SentencePieceTokenizer(TextTokenizer):
@@ -206,8 +193,8 @@ class SentencePieceTokenizer(TextTokenizer):
 
     type = "sentencepiece"
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
-        self.processor = processor
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor, canonical: Canonical | None = None) -> None:
+        self.processor, self.canonical = processor, canonical
         pieces = processor.get_piece_size()
         self._unk = processor.unk_id()
         if (self._unk, processor.bos_id(), processor.eos_id(), processor.pad_id()) == (0, 1, 2, -1):
@@ -226,6 +213,13 @@ class SentencePieceTokenizer(TextTokenizer):
         self._hidden = {self.start_id, self.end_id, self.pad_id}
 
     def encode(self, text: str) -> Encoded:
+        if self.canonical is None:
+            return self._pieces(text)
+        plain, places = self.canonical.apply(text)
+        ids, offsets = self._pieces(plain)
+        return ids, [back(offset, places) for offset in offsets]
+
+    def _pieces(self, text: str) -> Encoded:
         try:
             found = self.processor.encode(text, return_type="offset_mapping")
             ids, offsets = found["ids"], found["offsets"]
@@ -271,11 +265,12 @@ def train_byte_pairs(texts: Iterable[str], vocabulary: int) -> HFTokenizer:
 
 
 def read_tokenizer(type: str, name: str | Path) -> TextTokenizer:
-    """Read a tokenizer (types hf, corpus and sentencepiece). name: its file, or what `read_foreign` knows. Raises
+    """Read a tokenizer (types hf, corpus and sentencepiece). name: its file, or what `find_tokenizer` knows. Raises
     UserError naming the file."""
-    found = read_foreign(type, name)
+    path = find_tokenizer(type, name)
+    found = read_foreign(type, path)
     if isinstance(found, sentencepiece.SentencePieceProcessor):
-        return SentencePieceTokenizer(found)
+        return SentencePieceTokenizer(found, canonical_of(path))
     return HFTokenizer(found, type)
 
 
@@ -285,6 +280,7 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
     try:
         about = read_sealed(path)
         type, special = about["type"], about["special"]
+        canonical = Canonical(**about["canonical"]) if "canonical" in about else None
         file = Path(folder) / FILES[type]
         if "files" in about:  # text.json of earlier versions listed none
             check_files(path, about, [file.name])
@@ -295,6 +291,7 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a text tokenizer's description ({error!r})") from None
     tokenizer = read_tokenizer(type, file)
+    tokenizer.canonical = canonical
     found = {name: getattr(tokenizer, f"{name}_id") for name in NAMES}
     if found != special:
         raise UserError(f"{file}: special tokens are {found}, {DESCRIPTION} says {special}")

@@ -7,9 +7,10 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,11 @@ _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _GONE = {FileNotFoundError: "not found", PermissionError: "no permission"}  # another attempt finds the same
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}  # of botocore and google
 _QUIET = 60  # seconds without a byte after which an HTTP connection has failed
+_VERSION = (  # what tells a file's states apart, as file systems call it, surest first
+    "ETag", "etag", "generation", "blob_id", "sha", "LastModified", "Last-Modified", "last_modified", "mtime", "modify",
+    "modificationTime", "created",
+)  # fmt: skip
+_KEPT: dict[int, Any] = {}  # file systems, see `filesystem`
 
 T = TypeVar("T")
 
@@ -35,6 +41,14 @@ class FetchOptions:
     folder: str = ""
     limit: int = 50_000_000_000
     attempts: int = 5
+
+
+@dataclass(frozen=True)
+class Stat:
+    """size: bytes; None where the place does not say. version: tells a file from later states of itself."""
+
+    size: int | None
+    version: str
 
 
 class FetchError(Exception):
@@ -74,31 +88,42 @@ def shown_names(names: Sequence[str]) -> list[str]:
     return [short(os.fsencode(name)) for name in files]
 
 
-def expand_url(name: str, suffix: str, attempts: int = FetchOptions.attempts) -> list[str]:
+def expand_url(
+    name: str, suffix: str, attempts: int = FetchOptions.attempts, listed: dict[str, Stat] | None = None
+) -> list[str]:
     """The URLs that one with wildcards, or a folder's, stands for, in order; any other stands for itself.
 
-    suffix: of the files wanted from a folder. Raises UserError when the place cannot be listed.
+    suffix: of the files wanted from a folder. listed: gets what the listing says of them, so that nobody need ask
+    again.
+
+    Raises UserError when the place cannot be listed, or the library that it needs is missing.
     """
     http = name.startswith(("http://", "https://"))
     wild = "*" in name if http else glob.has_magic(name)
-    if name.startswith(PIPE) or (not wild and (http or name.lower().endswith(suffix))):
+    if name.startswith(PIPE):
+        return [name]
+    _load_library(name)
+    if not wild and (http or name.lower().endswith(suffix)):
         return [name]
 
-    def listed() -> list[str]:
+    def found() -> list[str]:
         files, path = filesystem(name)
         if wild:
-            found = files.glob(path)
-            if not found:
+            there = files.glob(path, detail=True)
+            if not there:
                 files.ls(re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0])  # raises where that is missing
         elif files.isdir(path):
-            found = [f for f in files.find(path) if f.lower().endswith(suffix)]
+            there = {f: about for f, about in files.find(path, detail=True).items() if f.lower().endswith(suffix)}
         else:
             return [name]
-        return sorted(files.unstrip_protocol(f) for f in found)
+        urls = {files.unstrip_protocol(f): _stat(about) for f, about in there.items()}
+        if listed is not None:
+            listed.update({url: stat for url, stat in urls.items() if stat is not None and stat.size is not None})
+        return sorted(urls)
 
     try:
         with credentials_of(name):
-            return persist(listed, attempts, gone(name))
+            return persist(found, attempts, gone(name))
     except FetchError as error:
         raise UserError(f"{without_query(name)}: cannot be listed: {error}") from None
 
@@ -151,18 +176,56 @@ def credentials_of(url: str) -> Iterator[None]:
         raise
 
 
+def look_up(url: str) -> Stat:
+    """What the place says of a file, which is asked once. Raises whatever the protocol does."""
+    files, path = filesystem(url)
+    about = files.info(path)
+    return _stat(about) or Stat(about.get("size"), str(files.ukey(path)))
+
+
+def _stat(about: Mapping[str, Any]) -> Stat | None:
+    """None where nothing of it would change with the file."""
+    name = next((name for name in _VERSION if about.get(name)), None)
+    if name is None:
+        return None
+    value = about[name]
+    version = value.timestamp() if isinstance(value, datetime) else value  # which of the two may differ in a listing
+    return Stat(about.get("size"), f"{name} {version}")
+
+
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it. Raises UserError where its library is missing."""
-    if "::" in url:
-        raise UserError(f"{without_query(url)}: chained URLs are not read; name the files themselves")
+    """fsspec's file system and the path in it.
+
+    It is kept for good, also by processes that are forked from this one and cannot use it: let go of there, its session
+    would wait a second for the thread that served it, which lives in this process alone.
+
+    Raises UserError where its library is missing.
+    """
     options: dict[str, Any] = {}
-    try:
+    with _library_of(url):
         if url.startswith(("http://", "https://")):
             import aiohttp
 
             # its default ends every transfer after five minutes, however well it goes
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_QUIET)}
-        return fsspec.core.url_to_fs(url, **options)
+        files, path = fsspec.core.url_to_fs(url, **options)
+    _KEPT[id(files)] = files
+    return files, path
+
+
+def _load_library(url: str) -> None:
+    """Import what reads a URL and nothing more, so that processes forked from this one have it at hand: some take
+    longer to import than to bring a file. Raises UserError where it is missing."""
+    with _library_of(url):
+        fsspec.get_filesystem_class(url.partition("://")[0])
+
+
+@contextmanager
+def _library_of(url: str) -> Iterator[None]:
+    if "::" in url:
+        raise UserError(f"{without_query(url)}: chained URLs are not read; name the files themselves")
+    try:
+        yield
     except ImportError as error:
         raise UserError(f"{without_query(url)}: {error}; pip install 'vlmoe[cloud]' has what is needed") from None
     except ValueError as error:  # no such protocol

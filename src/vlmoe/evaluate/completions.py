@@ -11,7 +11,8 @@ import torch
 
 from vlmoe.data.batch import IGNORE, Batch
 from vlmoe.data.show import hide_patches
-from vlmoe.data.text_tokenizer import PartOfWord, TextTokenizer, parts_of_words
+from vlmoe.data.text_tokenizer import TextTokenizer
+from vlmoe.data.words import PartOfWord, parts_of_words
 from vlmoe.evaluate.masked import fill_in
 from vlmoe.evaluate.restore import restore
 from vlmoe.tasks.pretrain import MaskedDataModelling, hides_patches

@@ -48,22 +48,16 @@ class Tally:
         return {"accuracy": self.accuracy, "interval": [float(low), float(high)], "predictions": int(asked.sum())}
 
 
-def with_next_images(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Each batch with the images of the samples one further on (the last sample: of the first), whatever the size of
-    the batches."""
-    first: Tensor | None = None
-    held: Batch | None = None
-    for batch in batches:
-        assert batch.image_BCHW is not None
-        if held is None:
-            first = batch.image_BCHW[:1]
-        else:
-            assert held.image_BCHW is not None
-            yield held, torch.cat([held.image_BCHW[1:], batch.image_BCHW[:1]])
-        held = batch
-    if held is not None and first is not None:
-        assert held.image_BCHW is not None
-        yield held, torch.cat([held.image_BCHW[1:], first])
+def with_others_images(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with the images of other samples: of those half of all samples further on, whatever the size of the
+    batches, since neighbours in a file often show the same thing."""
+    kept = list(batches)
+    images = [batch.image_BCHW for batch in kept if batch.image_BCHW is not None]
+    assert len(images) == len(kept)
+    if not kept:
+        return
+    others = torch.cat(images).roll(-(sum(map(len, images)) // 2), dims=0)
+    yield from zip(kept, others.split([len(batch) for batch in kept]), strict=True)
 
 
 def view_of(batch: Batch, view: str, other_BCHW: Tensor | None = None) -> Batch:
@@ -94,7 +88,7 @@ def text_scores(model: MaskedDataModelling, batches: Iterable[Batch]) -> dict[st
     """
     tallies = {view: Tally() for view in VIEWS}
     classes: dict[str, dict[str, Tally]] = {}
-    for batch, other_BCHW in with_next_images(batches):
+    for batch, other_BCHW in with_others_images(batches):
         assert batch.target_BT is not None
         hidden_BT = batch.target_BT != IGNORE
         for view in VIEWS:

@@ -13,7 +13,7 @@ import torch
 
 from vlmoe.config import MaskingConfig
 from vlmoe.data.batch import IGNORE, Batch
-from vlmoe.evaluate.masked import VIEWS, Tally, fill_in, with_next_images
+from vlmoe.evaluate.masked import VIEWS, Tally, fill_in, with_others_images
 from vlmoe.tasks.pretrain import MaskedDataModelling
 
 SHOWS = {  # what each split of the world asks: recall first, then what training never shows
@@ -75,7 +75,7 @@ def name_scores(
     `chance`: one over that. None where the data does not know which words are names."""
     tallies, asked = {view: Tally() for view in VIEWS}, set[tuple[int, ...]]()
     hidden = (hide_names(batch, mask_id, classes) for batch in batches)
-    for batch, other_BCHW in with_next_images(b for b in hidden if b is not None):
+    for batch, other_BCHW in with_others_images(b for b in hidden if b is not None):
         assert batch.target_BT is not None
         hidden_BT = batch.target_BT != IGNORE
         for view in VIEWS:

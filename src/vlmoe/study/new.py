@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmoe.config import Recipe, RecipeError, UserError, load_recipe
+from vlmoe.data.check_recipe import MOST_REPEATS
 from vlmoe.data.survey import Survey, quantiles
 from vlmoe.data.text_tokenizer import TextTokenizer, build_text_tokenizer, train_byte_pairs, train_wordpiece
 
 MOST_BAD = 0.25  # share of samples that cannot be used; beyond it a run would look for good ones in vain
-PASSES = 40  # through the data, where time allows
+PASSES = 0.8 * MOST_REPEATS  # through the data at most, where time allows. Which samples are held out is told by hash,
+# so training may see some fewer than are counted on here, each more often: still not so often that `data check` objects
+STEPS = 200  # of training at least, as far as smaller batches make them of these passes
 HELD_OUT, MOST_HELD_OUT, ENOUGH = 0.01, 0.1, 500  # share that training never sees: more of small data, for a score
 BATCHES = (64, 32, 16, 8, 4)
 VOCABULARIES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -114,15 +117,15 @@ def new_recipe(
     from vlmoe.model import account
 
     draft = _draft(found, machine or this_machine(), _name(found.path))
-    for size in [b for b in BATCHES if b <= max(BATCHES[-1], found.samples // 2)]:
+    shown = PASSES * _trained(found)
+    for size in [b for b in BATCHES if b <= max(BATCHES[-1], shown / STEPS)]:
         draft.batch = size
         recipe = _load(draft, out)
         if account(recipe).memory.peak <= draft.machine.memory / 2:
             break
     draft.seconds = (measure or seconds_of_a_step)(recipe, found)
     fits = minutes * 60 / draft.seconds
-    trained = found.samples * (1 - _held_out(found))
-    draft.steps = _two_digits(max(50, min(fits, max(200, PASSES * trained / draft.batch))))
+    draft.steps = _two_digits(max(1, min(shown / draft.batch, max(50, fits))))
     _load(draft, out)
     try:
         with out.open("x", encoding="utf-8") as file:
@@ -166,6 +169,11 @@ def _draft(found: Survey, machine: Machine, name: str) -> Draft:
 
 def _held_out(found: Survey) -> float:
     return min(MOST_HELD_OUT, max(HELD_OUT, math.ceil(100 * ENOUGH / found.samples) / 100))
+
+
+def _trained(found: Survey) -> float:
+    """How many samples training sees, about: one is held out at least."""
+    return max(1, min(found.samples - 1, found.samples * (1 - _held_out(found))))
 
 
 def _name(path: str) -> str:
@@ -279,7 +287,7 @@ def as_yaml(draft: Draft, out: Path) -> str:
         "train:",
         f"  steps: {draft.steps}" + _time(draft),
         f"  lr: {rate:.2g}",
-        f"  warmup: {max(10, min(1000, draft.steps // 20))}",
+        f"  warmup: {min(draft.steps // 2, max(10, min(1000, draft.steps // 20)))}",
         f"  checkpoint_every: {max(50, draft.steps // 4)}",
         "eval: {samples: 512}  # of those held out, at most",
     ]
@@ -332,7 +340,7 @@ def _cut(draft: Draft) -> str:
 def _time(draft: Draft) -> str:
     if not draft.seconds:
         return ""
-    passes = draft.steps * draft.batch / (draft.survey.samples * (1 - _held_out(draft.survey)))
+    passes = draft.steps * draft.batch / _trained(draft.survey)
     took = draft.steps * draft.seconds
     clock = f"{took / 60:.0f} min" if took >= 90 else f"{took:.0f} s"
     where = "on this GPU" if draft.machine.cuda else f"on these {draft.machine.cores} cores"

@@ -43,6 +43,7 @@ from vlmoe.study.work import (
     tokenizer_jobs,
     tokenizers,
 )
+from vlmoe.train.given import check_given
 from vlmoe.train.runlog import lock_run, machine, replace_text
 
 DECLARED = "study.yaml"
@@ -62,8 +63,10 @@ def study(
     """
     console = console or Console()
     earlier = recount(read_report(Path(declared.extends))) if declared.extends else None  # missing: nothing is begun
+    plan = make_plan(declared)
+    for base in plan.bases.values():
+        check_given(base, out)
     with lock_run(out):
-        plan = make_plan(declared)
         shapes = {}
         for world, base in plan.bases.items():
             folder = tokenizers(out, world, declared.seeds[0])

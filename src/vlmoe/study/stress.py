@@ -27,6 +27,7 @@ from vlmoe.evaluate.masked import losses
 from vlmoe.model.device import pick_device
 from vlmoe.tasks.base import Summed
 from vlmoe.tasks.pretrain import MaskedDataModelling
+from vlmoe.train.given import check_given
 from vlmoe.train.loop import Trainer, train
 from vlmoe.train.pretrain import TOKENIZERS, prepare_text_tokenizer, prepare_visual_tokenizer
 from vlmoe.train.runlog import EVENTS, METRICS, read_lines
@@ -180,6 +181,7 @@ def stress(
     for name in chosen:
         if name not in known:
             raise UserError(f"no fault {name!r}; there are: {', '.join(known)}")
+    check_given(recipe, out)
     device = pick_device(recipe.train.device)
     text = prepare_text_tokenizer(recipe, out / TOKENIZERS, console)
     visual = prepare_visual_tokenizer(recipe, text, out / TOKENIZERS, device, console)

@@ -96,7 +96,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Pretrained | F
 
     Raises ModelFileError naming the file that is missing, altered, unreadable or does not fit its config.json.
     """
-    folder = _model_folder(Path(home(str(path))))
+    folder = model_folder(Path(home(str(path))))
     config = folder / CONFIG
     try:
         about = read_sealed(config, older=UNSEALED)
@@ -143,14 +143,14 @@ def seal(path: str | Path) -> list[Path]:
 
 def is_finetuned(path: str | Path) -> bool:
     """Whether a run's folder, or a model folder, holds a fine-tuned model. Raises ModelFileError: there is none."""
-    config = _model_folder(Path(home(str(path)))) / CONFIG
+    config = model_folder(Path(home(str(path)))) / CONFIG
     try:
         return "task" in read_sealed(config, older=UNSEALED)
     except (AlteredError, OSError) as error:
         raise ModelFileError(str(error)) from None
 
 
-def _model_folder(path: Path) -> Path:
+def model_folder(path: Path) -> Path:
     """The folder itself or the one named model in it. Raises ModelFileError: neither has a config.json."""
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file():

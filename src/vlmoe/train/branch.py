@@ -18,6 +18,18 @@ from vlmoe.train.runlog import CHECKPOINTS, EVENTS, RunError, cut, note_event, r
 BRANCHED = "branched"  # the event of a run that began so
 
 
+def kept_checkpoint(branch_from: str) -> Path:
+    """The checkpoint that a recipe branches off from. Raises UserError where there is none."""
+    source = Path(branch_from)
+    if not (source / checkpoint.STATE).is_file():
+        kept = checkpoint.steps_in(source if source.name == CHECKPOINTS else source / CHECKPOINTS)
+        listed = f" (there are steps {', '.join(map(str, kept))})" if kept else ""
+        there = source.exists() or (source.parent.name == CHECKPOINTS and source.parent.is_dir())
+        what = "no checkpoint" if there else "no such folder"
+        raise UserError(f"branch_from {source}: {what}, wanted RUN/{CHECKPOINTS}/step-N{listed}")
+    return source
+
+
 def branch_off(recipe: Recipe, run_dir: Path, beside: Sequence[str]) -> Path:
     """Fill the folder of a run that has no checkpoint yet from `recipe.branch_from`. The checkpoint comes last: without
     it the next launch begins anew.
@@ -28,13 +40,7 @@ def branch_off(recipe: Recipe, run_dir: Path, beside: Sequence[str]) -> Path:
         UserError: no such checkpoint, it is damaged or of a recipe that would have led to other numbers, or it cannot
             be copied.
     """
-    source = Path(recipe.branch_from)
-    if not (source / checkpoint.STATE).is_file():
-        kept = checkpoint.steps_in(source if source.name == CHECKPOINTS else source / CHECKPOINTS)
-        listed = f" (there are steps {', '.join(map(str, kept))})" if kept else ""
-        there = source.exists() or (source.parent.name == CHECKPOINTS and source.parent.is_dir())
-        what = "no checkpoint" if there else "no such folder"
-        raise UserError(f"branch_from {source}: {what}, wanted RUN/{CHECKPOINTS}/step-N{listed}")
+    source = kept_checkpoint(recipe.branch_from)
     checkpoint.check_recipe(source, recipe)
     state, other = checkpoint.read_state(source), source.parent.parent
     try:

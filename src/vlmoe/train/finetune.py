@@ -23,6 +23,7 @@ from vlmoe.tasks.finite import NotFinite
 from vlmoe.tasks.init import start_from
 from vlmoe.tasks.registry import READS, build_task, collate_of
 from vlmoe.train import checkpoint
+from vlmoe.train.given import check_given_files
 from vlmoe.train.judge import Validation
 from vlmoe.train.loop import TrainResult, train
 from vlmoe.train.pretrain import MODEL, TOKENIZERS
@@ -49,6 +50,7 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
     examples = open_split(recipe, "train")
     first = splits_of(recipe)[0]
     judged = open_split(recipe, first, examples.labels or None)
+    check_given_files(recipe.data)
     recipe = with_steps(recipe, examples)
     with lock_run(run_dir):
         found = checkpoint.newest(run_dir / CHECKPOINTS)

@@ -26,6 +26,7 @@ from vlmoe.tasks.pretrain import MaskedDataModelling
 from vlmoe.tasks.upcycling import Upcycled, fill_experts
 from vlmoe.train import checkpoint
 from vlmoe.train.branch import branch_off
+from vlmoe.train.given import check_given
 from vlmoe.train.loop import TrainResult, train
 from vlmoe.train.runlog import CHECKPOINTS, lock_run, note_event
 from vlmoe.train.validation import held_out_validation
@@ -39,6 +40,9 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     """Run a recipe to its end, or on from its last checkpoint.
 
     Writes into run.dir: tokenizers/, checkpoints/, logs, plots and, at the end, model/ (see `vlmoe.load`).
+
+    Raises UserError: a file or folder that the recipe names is not there, or the run to start from does not fit, both
+    before run.dir is made; a tokenizer or the data cannot be used; and all that `train` raises.
     """
     console = console or Console()
     run_dir = Path(recipe.run.dir)
@@ -46,15 +50,19 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     console.print(describe(recipe.name, recipe.model), highlight=False, markup=False)
     if dense := why_dense(recipe):
         console.print(dense, highlight=False, markup=False, soft_wrap=True, style="yellow")
+    check_given(recipe, run_dir)
+    start = None
+    if recipe.init and checkpoint.newest(run_dir / CHECKPOINTS) is None:
+        start = load_pretrained(recipe.init)
+        task, upcycled = _continued(start, recipe, console)  # before anything is written: it may not fit
     with lock_run(run_dir):  # from here on: two launches must not train the same tokenizers either
         found = checkpoint.newest(run_dir / CHECKPOINTS)
         if found is None and recipe.branch_from:
             found = branch_off(recipe, run_dir, [TOKENIZERS, STREAM])
         if found is not None:  # before the tokenizers, which belong to the recipe as well
             checkpoint.check_recipe(found, recipe)
-        start = load_pretrained(recipe.init) if recipe.init and found is None else None
+            start = None
         if start is not None:
-            task, upcycled = _continued(start, recipe, console)  # before anything is written: it may not fit
             _take_tokenizers(start, recipe, run_dir / TOKENIZERS)
         text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
         visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
@@ -71,6 +79,8 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
         validation = held_out_validation(recipe, text_tokenizer, device)
         for line in data.understood():
             console.print(line, highlight=False, markup=False)
+        for line in data.warnings():
+            console.print(line, highlight=False, markup=False, soft_wrap=True, style="yellow")
         result = train(recipe, task, data, run_dir, validation)
         if not result.stopped:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
