@@ -115,7 +115,7 @@ def worker(mixture: Any, to: Connection) -> None:
             waited[0] += timeout or 0.0
         return came
 
-    threading.Event.wait = noted  # type: ignore[method-assign]
+    threading.Event.wait = noted  # type: ignore[method-assign, assignment]
     began = time.process_time()
     for position in range(BATCH):
         mixture.draw(position, lambda sample: sample.text, [])
@@ -132,7 +132,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(*arguments.one)))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, server(log := Path(folder, "log")) as address:
         os.environ |= {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s",
                        "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip

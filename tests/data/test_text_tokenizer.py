@@ -353,7 +353,7 @@ def byte_pairs_of(folder: Path, clip: bool = False) -> Path:
     """vocab.json and merges.txt as of GPT-2 or CLIP. Returns the folder."""
     folder.mkdir()
     made = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>" if clip else ""))
-    made.normalizer = normalizers.Lowercase() if clip else None  # type: ignore[assignment]
+    made.normalizer = normalizers.Lowercase() if clip else None
     cuts = [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)] if clip else []
     made.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     trainer = trainers.BpeTrainer(

@@ -137,7 +137,12 @@ def test_what_a_listing_says_is_not_asked_again(monkeypatch: pytest.MonkeyPatch)
     assert expand_shards("memory://a/*.tar", listed) == expand_shards("memory://a") == [*listed]
     assert [stat.size for stat in listed.values()] == [3]
     asked: list[str] = []
-    monkeypatch.setattr(fetch, "look_up", lambda url: asked.append(url) or urls.look_up(url))
+
+    def noted(url: str) -> Stat:
+        asked.append(url)
+        return urls.look_up(url)
+
+    monkeypatch.setattr(fetch, "look_up", noted)
     files = Files(FetchOptions(attempts=2), listed)
     assert [content(files.open(*listed)) for _ in range(2)] == [b"one", b"one"]
     assert not asked
