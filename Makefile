@@ -14,8 +14,9 @@ demo: $(READY)
 	$(BIN)/vlmoe pretrain demo
 
 test: lint
-	# one thread a worker: threads of two workers that wait for each other on two cores take many times as long
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	# one thread a worker: threads of two workers that wait for each other on two cores take many times as long;
+	# packages are not compiled when they are installed, so what is imported is, once and not in each process
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

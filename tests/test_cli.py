@@ -14,7 +14,9 @@ from tests.golden.record import OVERRIDES
 from vlmoe.cli import app, main
 from vlmoe.config import UserError
 
-TINY = [*OVERRIDES, "train.steps=4", "eval.samples=16", "eval.batch=8", "eval.pictures=2"]
+TINY = [
+    *OVERRIDES, "data.visual_tokenizer.steps=2", "train.steps=4", "eval.samples=16", "eval.batch=8", "eval.pictures=2",
+]  # fmt: skip
 
 
 def invoke(*words: str) -> str:

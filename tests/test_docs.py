@@ -10,6 +10,7 @@ from tests.golden.record import OVERRIDES
 from vlmoe.config import load_recipe
 from vlmoe.train.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -23,7 +24,8 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def folder_with_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a user has it after `make demo`, with a run that took seconds."""
     folder = tmp_path_factory.mktemp("docs")
-    pretrain(load_recipe("demo", [*OVERRIDES, "train.steps=2", f"run.dir={folder / 'runs' / 'demo'}"]))
+    short = ["train.steps=2", "data.visual_tokenizer.steps=2", f"run.dir={folder / 'runs' / 'demo'}"]
+    pretrain(load_recipe("demo", [*OVERRIDES, *short]))
     return folder
 
 

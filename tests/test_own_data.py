@@ -20,9 +20,9 @@ from vlmoe.config import load_finetune
 from vlmoe.data.downstream.loader import open_split
 from vlmoe.study import new
 from vlmoe.tasks.export import load
-from vlmoe.train import plots
 from vlmoe.train.finetune import warnings_of
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 PAGE = ROOT / "docs" / "own-data.md"
 SIZES = ["model.width=16", "model.heads=2", "model.depth=2", "model.vision.experts=2", "model.text.experts=2"]
 FEWER = {  # beside the words on the page, so that a command takes a second
@@ -44,8 +44,6 @@ SHOWN_WHOLE = ("data check", "new")  # what these print depends on the data alon
 def test_the_page_is_followed_to_the_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(new, "seconds_of_a_step", lambda recipe, found: 0.1)  # tests of `vlmoe new` measure it
-    monkeypatch.setattr(plots, "plot_curves", lambda run: None)  # they take longer to draw than the runs to train
-    monkeypatch.setattr(plots, "plot_routing", lambda run: None)
     output, commands = "", []
     for language, text in FENCE.findall(PAGE.read_text()):
         if language == "python":

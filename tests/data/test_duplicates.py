@@ -22,19 +22,19 @@ def recipe_of(*overrides: str) -> Recipe:
     return load_recipe(BASE, ["data.batch={pair: 40, image: 0, text: 0}", *overrides])
 
 
-def shares(recipe: Recipe, split: str, held_out: int, trained: int) -> dict[str, float]:
-    """The same by drawing every picture."""
+def drawn(recipe: Recipe, split: str, seed: int, count: int) -> list[tuple[bytes, str]]:
+    """Picture and caption of the first samples of a split."""
+    world = World(recipe.data.world, "pair", split=split, seed=seed)
+    samples = [world[i] for i in range(count)]
+    return [(s.image.tobytes(), s.text) for s in samples if s.image is not None and s.text is not None]
 
-    def drawn(split: str, seed: int, count: int) -> list[tuple[bytes, str]]:
-        world = World(recipe.data.world, "pair", split=split, seed=seed)
-        samples = [world[i] for i in range(count)]
-        return [(s.image.tobytes(), s.text) for s in samples if s.image is not None and s.text is not None]
 
-    train, held = drawn("train", recipe.seed, trained), drawn(split, HELD_OUT_SEED, held_out)
-    pictures, captions = ({pair[part] for pair in train} for part in (0, 1))
+def shares(held: list[tuple[bytes, str]], train: list[tuple[bytes, str]]) -> dict[str, float]:
+    """The same by comparing every picture."""
+    pairs, pictures, captions = set(train), {picture for picture, _ in train}, {caption for _, caption in train}
     return {
-        "samples": held_out,
-        "pairs": float(np.mean([pair in set(train) for pair in held])),
+        "samples": len(held),
+        "pairs": float(np.mean([pair in pairs for pair in held])),
         "pictures": float(np.mean([pair[0] in pictures for pair in held])),
         "captions": float(np.mean([pair[1] in captions for pair in held])),
     }
@@ -43,8 +43,9 @@ def shares(recipe: Recipe, split: str, held_out: int, trained: int) -> dict[str,
 def test_shares_are_those_of_the_pictures_and_captions_themselves() -> None:
     recipe = recipe_of("data.world={concepts: 11, max_objects: 1, colours: 1, grid: 2}", "train.accumulate=2", "seed=3")
     found = seen_in_training(recipe, ["val", "font"], 60, 25)
+    train = drawn(recipe, "train", recipe.seed, 25 * 2 * 40)
     for split in ("val", "font"):
-        assert found[split] == pytest.approx(shares(recipe, split, 60, 25 * 2 * 40)), split
+        assert found[split] == pytest.approx(shares(drawn(recipe, split, HELD_OUT_SEED, 60), train)), split
     assert found["val"]["captions"] > found["val"]["pictures"]  # places vary by pixels, words do not
     assert found["font"]["pictures"] == 0  # a face of its own
 
@@ -70,8 +71,8 @@ def test_scenes_kept_apart_never_occur_in_training() -> None:
     kept = np.mean([not is_held_out(free.scene(i), 0.25) for i in range(count)])
     assert kept == pytest.approx(0.75, abs=0.05)  # of the scenes that are drawn, not of different ones
     assert not any(is_held_out(train.scene(i), 0.25) for i in range(count))
-    told = dataclasses.replace(apart.data.world, captions_in_text=1.0)
-    assert not any(is_held_out(World(told, "text", "train").scene(i), 0.25) for i in range(200))
+    told = World(dataclasses.replace(apart.data.world, captions_in_text=1.0), "text", "train")
+    assert not any(is_held_out(told.scene(i), 0.25) for i in range(200))
 
 
 def test_a_world_with_no_scene_to_hold_out_says_so() -> None:

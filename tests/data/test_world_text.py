@@ -29,9 +29,10 @@ CODES = list(LANGUAGES)
 ENGLISH_PLACES = {LANGUAGES["en"].places[p]: p for p in PLACES}
 
 
-def pairs(code: str, count: int = 400, **dial: Any) -> list[tuple[Scene, Sample]]:
-    config = replace(WorldConfig(concepts=150, colours=12, max_objects=4, languages=[code]), **dial)
-    world = World(config, "pair")
+def captioned(code: str, count: int = 400, **dial: Any) -> list[tuple[Scene, Sample]]:
+    """Scenes and what is said of them; of pairs it is said in the same way, but their pictures take time to draw."""
+    config = WorldConfig(concepts=150, colours=12, max_objects=4, languages=[code], captions_in_text=1.0)
+    world = World(replace(config, **dial), "text")
     return [(world.scene(i), world[i]) for i in range(count)]
 
 
@@ -43,7 +44,7 @@ def test_english_captions_read_back_give_the_scene() -> None:
     names = "|".join(re.escape(c.name) for c in sorted(concepts(150), key=lambda c: -len(c.name)))
     thing = rf"(?:an? (?:({sizes}) )?({colours}) ({names})|({names}), ({sizes}) and ({colours}),)"
     found: Counter[str] = Counter()
-    for scene, sample in pairs("en", 1500):
+    for scene, sample in captioned("en", 1500):
         text = sample.text or ""
         matches = list(re.finditer(thing, text))
         assert 1 <= len(matches) <= 2, text
@@ -79,7 +80,7 @@ def test_english_captions_read_back_give_the_scene() -> None:
 def test_spans_cover_the_right_words(code: str) -> None:
     words = LANGUAGES[code]
     tables = {"place": words.places, "relation": words.relations, "background": words.backgrounds}
-    for scene, sample in pairs(code):
+    for scene, sample in captioned(code):
         text = sample.text or ""
         covered = np.zeros(len(text), bool)
         for span in sample.spans:
@@ -133,9 +134,9 @@ def test_captions_and_facts_are_well_formed(code: str) -> None:
 
 
 def test_articles_and_endings_agree() -> None:
-    for _, sample in pairs("en", 800):
+    for _, sample in captioned("en", 800):
         assert not re.search(r"(?<!letter)(?: |^)(a [aeiou]|an [^aeiou])", sample.text or ""), sample.text
-    for _, sample in pairs("de", 800):
+    for _, sample in captioned("de", 800):
         for article, adjectives, noun in re.findall(
             r"\b(ein\w*) ((?:[a-zäöüß]+ ){1,2})(Ziffer|Zeichen)\b", sample.text or ""
         ):
@@ -145,13 +146,13 @@ def test_articles_and_endings_agree() -> None:
         for relation in re.findall(r"\b(?:links von|rechts von|über|unter) (\w+)", sample.text or ""):
             assert relation in {"einer", "einem"}, sample.text
     relations_fr = set(LANGUAGES["fr"].relations)
-    for _, sample in pairs("fr", 800):
+    for _, sample in captioned("fr", 800):
         text = sample.text or ""
         for before, span in pairwise(sample.spans):
             if text[span.start : span.stop] in {"un", "d'un"}:
                 after_relation = before.factors.get("relation") in relations_fr
                 assert (text[span.start : span.stop] == "d'un") == after_relation, text
-    for _, sample in pairs("es", 800):
+    for _, sample in captioned("es", 800):
         for relation in re.findall(r"(?:encima|debajo|a la izquierda|a la derecha) de (\w+)", sample.text or ""):
             assert relation == "un", sample.text
 
@@ -161,7 +162,7 @@ def test_every_phrasing_of_every_word_can_be_said(code: str) -> None:
     """All templates of the language, over scenes that use every colour, size, place, relation and ground."""
     speaker = captioner(code)
     said: dict[str, set[str]] = {}
-    for scene, _ in pairs(code, 3000):
+    for scene, _ in captioned(code, 3000):
         text, spans = speaker.speak(scene, Draws(repr(scene)))
         for span in spans:
             known = span.factors
@@ -179,7 +180,7 @@ def test_every_phrasing_of_every_word_can_be_said(code: str) -> None:
 
 def test_captions_of_the_small_dial_are_short() -> None:
     for code in CODES:
-        longest = max(len((s.text or "").split()) for _, s in pairs(code, 1500, concepts=40, max_objects=2))
+        longest = max(len((s.text or "").split()) for _, s in captioned(code, 1500, concepts=40, max_objects=2))
         assert longest <= (25 if code == "en" else 32)
 
 

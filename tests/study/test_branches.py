@@ -32,6 +32,7 @@ from vlmoe.train.checkpoint import steps_in
 from vlmoe.train.pretrain import prepare_text_tokenizer, pretrain
 from vlmoe.train.runlog import read_lines
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 BASE = "characters"
 BRANCHED = [*SMALL, "train.guard.every=2"]
 STUDY = f"""
@@ -256,10 +257,10 @@ def test_a_study_that_goes_on_has_the_same_worlds_and_schedule(launches: dict[st
     """Worlds of its own it may have; those of the same name must be the same."""
     out = launches["out"]
     earlier = read_report(out)
+    shapes = data_shapes(load_recipe(BASE, BRANCHED), load_text_tokenizer(out / "tokenizers/few/seed-0"))
 
     def checked(*overrides: str) -> None:
         plan = make_plan(load_study(str(launches["file"]), ["steps=[40]", f"extends={out}", *overrides]))
-        shapes = data_shapes(next(iter(plan.bases.values())), load_text_tokenizer(out / "tokenizers/few/seed-0"))
         count(plan, dict.fromkeys(plan.bases, shapes))
         check(earlier, declared_part(plan))
 

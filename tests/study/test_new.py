@@ -15,8 +15,8 @@ from vlmoe.data import survey as surveys
 from vlmoe.data.check_recipe import MOST_REPEATS, check_recipe
 from vlmoe.data.survey import Survey, survey
 from vlmoe.study.new import Draft, Machine, new_recipe
-from vlmoe.train import plots
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 LAPTOP, GPU = Machine(False, 8, 16 << 30), Machine(True, 16, 80 << 30)
 
 
@@ -51,8 +51,6 @@ def quick(
 def test_the_recipe_of_a_small_folder_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plots, "plot_curves", lambda run: None)  # they take longer to draw than the run to train
-    monkeypatch.setattr(plots, "plot_routing", lambda run: None)
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "icons")
     output = invoke("new", "--images", "icons", "--out", "icons.yaml")

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from vlmoe.cli import app
 from vlmoe.study.stress import faults, recovery
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 SMALL = [
     "characters", "model.width=32", "model.heads=2", "model.depth=2", "data.visual_tokenizer.steps=5",
     "data.text_tokenizer.samples=300", "data.workers=0", "data.batch={pair: 4, image: 1, text: 1}", "train.steps=40",

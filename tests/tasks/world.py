@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from vlmoe.config import FinetuneRecipe, Recipe, from_mapping
+from vlmoe.data.downstream.example import Example, Examples
 from vlmoe.data.downstream.loader import EvalData, TrainData, open_split
 from vlmoe.data.text_tokenizer import TextTokenizer, train_wordpiece
 from vlmoe.tasks.answer import Answered, answer_all
@@ -38,6 +40,7 @@ def recipe(task: str, **changes: Any) -> FinetuneRecipe:
     return from_mapping(given, schema=FinetuneRecipe)
 
 
+@functools.cache
 def tokenizer(task: str) -> TextTokenizer:
     """Trained on the task's own words, so that nothing is unknown."""
     examples = open_split(recipe(task if task != "classify" else "caption"), "train")
@@ -54,11 +57,25 @@ def built(plan: FinetuneRecipe) -> tuple[Downstream, TextTokenizer]:
     return build_task(plan, examples.labels, words), words
 
 
+class Drawn:
+    """Examples whose pictures are drawn once, however often they are trained on."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.task, self.name, self.labels = examples.task, examples.name, examples.labels
+        self.length, self.truth, self.drawn = len(examples), examples.truth, functools.cache(examples.__getitem__)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        return self.drawn(index)
+
+
 def learn(plan: FinetuneRecipe, steps: int) -> tuple[Downstream, TextTokenizer]:
     """The task after some steps on its `data.limit` training examples."""
     task, words = built(plan)
     task.freeze()
-    data = TrainData(plan, open_split(plan, "train"), collate_of(plan, task.labels, words))
+    data = TrainData(plan, Drawn(open_split(plan, "train")), collate_of(plan, task.labels, words))
     optimizer = make_optimizer(task, plan.train)
     task.train()
     for n in range(steps):

@@ -47,6 +47,10 @@ def run(run_dir: Path, moment: str = "", workers: int = 0, **train: Any) -> int:
     return process.exitcode
 
 
+def draw_nothing() -> None:
+    plots.plot_curves = plots.plot_routing = lambda run_dir: None
+
+
 def _launch(run_dir: str, moment: str, workers: int, settings: dict[str, Any]) -> None:
     os.setpgrp()  # a process group of its own, so that a Ctrl-C meant for it reaches nobody else
     multiprocessing.set_start_method("fork", force=True)  # for data workers, not another fork server
@@ -54,8 +58,7 @@ def _launch(run_dir: str, moment: str, workers: int, settings: dict[str, Any]) -
     recipe = toy_recipe(run_dir, **settings)
     recipe.data.workers = workers
     task = toy_task(width=64) if "limit" in moment else toy_task()
-    if not moment.startswith("plot"):  # drawing takes longer than training
-        plots.plot_curves = plots.plot_routing = lambda run_dir: None
+    draw_nothing()
     if moment:
         _arm(moment, task)
     try:

@@ -38,17 +38,10 @@ def branch(folder: Path, source: Path, steps: int, decay: int, **keys: Any) -> t
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """21 steps, the last 3 of decay, with checkpoints of steps 6 and 12 kept."""
-    from _pytest.monkeypatch import MonkeyPatch
-
-    from vlmoe.train import plots
-
     folder = tmp_path_factory.mktemp("trunk")
-    with MonkeyPatch.context() as patch:
-        for name in ("plot_curves", "plot_routing"):
-            patch.setattr(plots, name, lambda run_dir: None)
-        (folder / "tokenizers").mkdir(parents=True)
-        (folder / "tokenizers" / "text.json").write_text("words")
-        launch(folder, toy_task(), 21, 3, keep_at=[6, 12], keep=1)
+    (folder / "tokenizers").mkdir(parents=True)
+    (folder / "tokenizers" / "text.json").write_text("words")
+    launch(folder, toy_task(), 21, 3, keep_at=[6, 12], keep=1)
     return folder
 
 

@@ -19,6 +19,7 @@ from vlmoe.train.loop import NonFiniteError, train
 from vlmoe.train.runlog import EVENTS, METRICS, ROUTING, read_lines
 from vlmoe.train.watch import Watch
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 Fault = Callable[["SparseToy", int], None]
 
 
@@ -98,11 +99,11 @@ def test_a_healthy_run_is_the_plain_run_bit_for_bit(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ held back
 def test_an_update_from_nan_is_held_back_and_logged(tmp_path: Path) -> None:
-    task, events = go(tmp_path, once(35, lambda t: setattr(t, "blow", math.nan)))
+    task, events = go(tmp_path, once(35, lambda t: setattr(t, "blow", math.nan)), steps=60)
     (event,) = [e for e in events if e["event"] == "update held back"]
     assert (event["step"], event["cause"], event["loss"]) == (36, "the loss is no number", "nan")
     assert torch.isfinite(weights(task)).all()
-    assert read_lines(tmp_path / METRICS)[-1]["step"] == 120
+    assert read_lines(tmp_path / METRICS)[-1]["step"] == 60
 
 
 def test_holding_back_leaves_weights_and_optimizer_as_they_were(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_holding_back_leaves_weights_and_optimizer_as_they_were(tmp_path: Path) 
         if call in (35, 36):
             seen.append(weights(task))
 
-    go(tmp_path, fault)
+    go(tmp_path, fault, steps=40)
     assert torch.equal(seen[0], seen[1])
 
 
@@ -185,7 +186,7 @@ def test_an_expert_of_infinities_is_revived(tmp_path: Path) -> None:
         with torch.no_grad():
             task.moe.experts.w1[2] = math.inf
 
-    task, events = go(tmp_path, once(35, burst))
+    task, events = go(tmp_path, once(35, burst), steps=60)
     assert {"expert revived", "update held back"} <= kinds(events)
     assert torch.isfinite(weights(task)).all()
     assert next(e for e in events if e["event"] == "expert revived")["expert"] == 2

@@ -22,6 +22,7 @@ from vlmoe.train.loop import train
 from vlmoe.train.pretrain import pretrain
 from vlmoe.train.runlog import EVENTS, read_lines
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 SMALL = {"width": 16, "depth": 1, "heads": 2, "image_size": 16, "patch": 8, "max_text": 12, "vocabulary": 128,
          "codes": 8, "vl_ffn": 0}  # fmt: skip
 

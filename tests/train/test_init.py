@@ -15,7 +15,8 @@ from vlmoe.tasks.export import seal
 from vlmoe.train.pretrain import why_dense
 from vlmoe.train.runlog import read_lines
 
-SHORT = ["train.steps=2", "eval.samples=16", "eval.pictures=2"]
+pytestmark = pytest.mark.usefixtures("no_plots")
+SHORT = ["data.visual_tokenizer.steps=2", "train.steps=2", "eval.samples=16", "eval.pictures=2"]
 DENSE = ["model.vision.sparse=none", "model.text.sparse=none"]
 
 

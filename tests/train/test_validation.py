@@ -12,6 +12,8 @@ from vlmoe.train.checkpoint import CheckpointError
 from vlmoe.train.judge import Validation
 from vlmoe.train.loop import train
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 
 class Script:
     """Gives prescribed scores, remembers the weights that each was given for and whether the task was in training."""

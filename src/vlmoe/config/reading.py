@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -196,7 +196,7 @@ def _go_home(group: Any, origin: str, prefix: str = "") -> None:
 
 def to_mapping(recipe: Recipe | FinetuneRecipe) -> dict[str, Any]:
     """The recipe as plain nested dicts, fit for JSON."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe))  # type: ignore[return-value]
+    return asdict(recipe)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -222,7 +222,7 @@ def with_later_keys(then: dict[str, Any], now: dict[str, Any], prefix: str = "")
 
 def to_yaml(recipe: Recipe | FinetuneRecipe) -> str:
     """The recipe as YAML, every key written out."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+    return OmegaConf.to_yaml(OmegaConf.create(to_mapping(recipe)))
 
 
 def _first_line(error: Exception) -> str:

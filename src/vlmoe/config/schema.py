@@ -6,6 +6,7 @@ a group, its class's docstring.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 LEAST_BYTE_VOCABULARY = 512  # rows of model.vocabulary: half of them for bytes and special tokens
@@ -313,6 +314,7 @@ class Recipe:
         return bool(self.data.batch.image or (self.data.batch.pair and self.data.masking.pair_patches))
 
 
+@functools.cache  # a plan asks a million times
 def sparse_blocks(pattern: str, depth: int) -> frozenset[int]:
     """Block indices that a `sparse` pattern names. Raises ValueError saying what is accepted."""
     named = {

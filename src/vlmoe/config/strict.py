@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from dataclasses import fields
 from typing import Any
 
@@ -20,9 +21,20 @@ def typed(given: Any, schema: type, origin: str, prefix: str = "") -> DictConfig
     """
     _check_keys(given, schema, prefix, origin, schema)
     try:
-        return OmegaConf.merge(OmegaConf.structured(schema), given)  # type: ignore[return-value]
+        return OmegaConf.merge(_defaults(schema), given)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise RecipeError(f"{origin}: {_explain(error, given, schema, prefix)}") from None
+
+
+@functools.cache  # making it takes longer than all else in reading a recipe; what is merged into is a copy
+def _defaults(schema: type) -> DictConfig:
+    return OmegaConf.structured(schema)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _known(schema: type) -> dict[str, type | None]:
+    """Key -> the schema below it, None for a plain value."""
+    return {f.name: schema_of(f) for f in fields(schema)}
 
 
 def _check_keys(given: Any, schema: type, prefix: str, origin: str, root: type) -> None:
@@ -32,7 +44,7 @@ def _check_keys(given: Any, schema: type, prefix: str, origin: str, root: type) 
             f"{origin}: key '{prefix.rstrip('.')}' got {given!r}, wanted a group of keys: "
             + ", ".join(f.name for f in fields(schema))
         )
-    known = {f.name: schema_of(f) for f in fields(schema)}
+    known = _known(schema)
     for key, value in given.items():
         if key not in known:
             everywhere = {path.rsplit(".", 1)[-1]: path for path in known_keys(root)}
@@ -57,7 +69,7 @@ def _check_keys(given: Any, schema: type, prefix: str, origin: str, root: type) 
 def _check_item(item: dict[str, Any], schema: type, prefix: str, origin: str, root: type) -> None:
     """Types of one element of a list of groups: OmegaConf's own error would not say which element."""
     try:
-        OmegaConf.merge(OmegaConf.structured(schema), item)
+        OmegaConf.merge(_defaults(schema), item)
     except OmegaConfBaseException as error:
         raise RecipeError(f"{origin}: {_explain(error, item, root, prefix)}") from None
 

@@ -212,8 +212,13 @@ def _identity(recipe: Recipe) -> str:
     return json.dumps({"data": asdict(recipe.data), "model": asdict(recipe.model)}, sort_keys=True)
 
 
+@functools.lru_cache(maxsize=4)
+def _identified(identity: str) -> Recipe:
+    return from_mapping(json.loads(identity))
+
+
 @functools.lru_cache(maxsize=16)
 def _held_out_mixture(identity: str, split: str, kind: str, factors: bool) -> Mixture:
-    recipe = from_mapping(json.loads(identity))
+    recipe = _identified(identity)  # read once: that takes longer than opening the world's splits
     sources = build_sources(recipe.data, recipe.model, kind, split, HELD_OUT_SEED, factors)
     return Mixture(sources, HELD_OUT_SEED, shuffle=False)

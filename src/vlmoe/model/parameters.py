@@ -64,8 +64,9 @@ def sparse_layers(config: ModelConfig, kinds: Iterable[str]) -> int:
 
 def has_common(config: ModelConfig, index: int) -> bool:
     """Whether a block has experts that both modalities may choose."""
-    both = all(is_sparse(config, side, index) for side in (config.vision, config.text))
-    return both and config.common_experts > 0
+    if config.common_experts == 0:
+        return False
+    return all(is_sparse(config, side, index) for side in (config.vision, config.text))
 
 
 def ffn_params(config: ModelConfig, hidden: int) -> int:

@@ -30,6 +30,8 @@ from vlmoe.train.signals import StopRequest
 USED = "used.json"
 GRACE = 60.0  # seconds that a job told to stop has for its checkpoint
 POLL = 0.05
+# What a job needs, imported once: the first optimizer imports the second, the logs the third, a run's end the last.
+IMPORTED = ("vlmoe.study.worker", "torch._dynamo", "torch.utils.tensorboard", "vlmoe.train.plots")
 # change when a study's folder is moved
 MOVED = ("run.dir", "data.visual_tokenizer.path", "tokenizers", "init", "branch_from")
 FREE = (*MOVED, "recipe.about")  # what a recipe says of itself may be put into other words
@@ -197,7 +199,7 @@ def run_jobs(
 def _start(job: Job) -> _Running:
     """A fork of a server process that has imported everything and holds no threads: it begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlmoe.study.worker"])
+    context.set_forkserver_preload(list(IMPORTED))
     process = context.Process(target=worker.main, args=(job.folder,), name=job.id)
     with signals_held():  # for good in the server: a signal to the group must not end what watches the jobs
         forkserver.ensure_running()

@@ -17,6 +17,7 @@ from vlmoe.cli import app
 from vlmoe.config import UserError, load_recipe
 from vlmoe.train.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 TEXTS = ["the red dog sees 42 birds, near 17 trees.", "a cat sleeps", "two trees and two dogs run near the cat"]
 
 
@@ -29,7 +30,8 @@ def invoke(*words: str) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    pretrain(load_recipe("demo", [*OVERRIDES, "train.steps=4", f"run.dir={folder}"]))
+    short = ["data.visual_tokenizer.steps=2", "train.steps=4", f"run.dir={folder}"]
+    pretrain(load_recipe("demo", [*OVERRIDES, *short]))
     return folder
 
 
