@@ -28,7 +28,7 @@ def typed(given: Any, schema: type, origin: str, prefix: str = "") -> DictConfig
 
 @functools.cache  # making it takes longer than all else in reading a recipe; what is merged into is a copy
 def _defaults(schema: type) -> DictConfig:
-    return OmegaConf.structured(schema)  # type: ignore[no-any-return]
+    return OmegaConf.structured(schema)
 
 
 @functools.cache
