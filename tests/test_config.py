@@ -115,6 +115,20 @@ def test_a_recipe_survives_yaml_and_json(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path)) == recipe  # a run's folder stands for its recipe
 
 
+def test_recipes_share_no_value_that_can_change() -> None:
+    """Defaults are made once; what a run does to its recipe, or to the mapping it writes, stays there."""
+    first, mapping = from_mapping({}), to_mapping(from_mapping({}))
+    for recipe in (first, from_mapping(mapping)):
+        recipe.model.vision.router.k = 7
+        recipe.data.sources[0].shard_weights["a"] = 1.0
+        recipe.data.sources.append(recipe.data.sources[0])
+        recipe.data.masking.words.append("red")
+    written = to_mapping(first)
+    written["train"]["keep_at"].append(3)
+    assert first.train.keep_at == []
+    assert to_mapping(from_mapping({})) == mapping
+
+
 def test_known_keys_are_the_dataclass_tree() -> None:
     keys = known_keys()
     assert {"run.dir", "train.steps", "train.checkpoint_every", "seed", "model.text.router.z"} <= set(keys)

@@ -1,6 +1,7 @@
 """A whole study on a tiny grid: cut short by its budget, then finished; with a run that fails."""
 
 import csv
+import importlib
 import json
 import re
 from pathlib import Path
@@ -26,7 +27,7 @@ from vlmoe.study.measure import data_shapes
 from vlmoe.study.plan import read_report
 from vlmoe.study.recount import COUNTED, recount
 from vlmoe.study.report import headline
-from vlmoe.study.schedule import Job, Meter, run_jobs
+from vlmoe.study.schedule import IMPORTED, Job, Meter, run_jobs
 from vlmoe.study.worker import held_out_scores
 from vlmoe.tasks.export import load_pretrained
 from vlmoe.train.pretrain import prepare_text_tokenizer
@@ -345,6 +346,12 @@ class UntilItTrains(Meter):
     @property
     def left(self) -> float:
         return 0.0 if self.log.is_file() and self.log.read_text().count("\n") >= 3 else 1e9
+
+
+def test_what_jobs_need_can_be_imported() -> None:
+    """The server that they are forked from passes over a module that is not there."""
+    for name in IMPORTED:
+        importlib.import_module(name)
 
 
 def test_at_the_end_of_the_budget_a_run_is_stopped_and_can_go_on(tmp_path: Path) -> None:
