@@ -20,6 +20,7 @@ import torch
 
 from tests.train.toy import ToyData, toy_recipe, toy_task
 from vlmoe.config import UserError
+from vlmoe.data.workers import STOP_SIGNALS
 from vlmoe.train import checkpoint, plots, runlog
 from vlmoe.train.loop import train
 
@@ -53,6 +54,7 @@ def draw_nothing() -> None:
 
 def _launch(run_dir: str, moment: str, workers: int, settings: dict[str, Any]) -> None:
     os.setpgrp()  # a process group of its own, so that a Ctrl-C meant for it reaches nobody else
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a server that a study began holds them
     multiprocessing.set_start_method("fork", force=True)  # for data workers, not another fork server
     torch.set_num_threads(1)
     recipe = toy_recipe(run_dir, **settings)
