@@ -229,7 +229,7 @@ def test_shards_over_http(server: str, tmp_path: Path) -> None:
 
 
 def test_a_fork_leaves_its_parents_sessions_alone(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To end one there waits a second for a thread of the parent's."""
+    """To end one there waits a second for a thread of the parent's. Whoever opened it: another library, too."""
     end, parent = HTTPFileSystem.close_session, os.getpid()
     ended: list[int] = []
 
@@ -244,6 +244,7 @@ def test_a_fork_leaves_its_parents_sessions_alone(server: str, tmp_path: Path, m
     assert content(Files(FetchOptions()).open(f"{server}/a")) == b"abc"
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe(duplex=False)
+    assert fsspec.filesystem("http", encoded=True).cat(f"{server}/a") == b"abc"
 
     def child() -> None:
         gc.collect()

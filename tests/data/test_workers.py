@@ -17,7 +17,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from tests.train.toy import ToyData
 from vlmoe.config import UserError
 from vlmoe.data.loader import LOST_AT_MOST, Step, make_loader
-from vlmoe.data.workers import STOP_SIGNALS
+from vlmoe.data.workers import STOP_SIGNALS, ready_worker
 
 
 class Deadly(ToyData):
@@ -111,3 +111,26 @@ def test_workers_die_with_their_parent() -> None:
             time.sleep(0.01)
         else:
             raise AssertionError(f"worker {pid} outlives its parent")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes the DataLoader's watch some seconds")
+def test_a_worker_whose_parent_is_dead_before_it_begins_ends() -> None:
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+
+    def worker(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        ready_worker(0)
+        there.send("it lives")
+
+    def parent() -> None:
+        fork.Process(target=worker, args=(os.getpid(),)).start()
+        os._exit(0)
+
+    process = fork.Process(target=parent)
+    process.start()
+    there.close()
+    process.join()
+    with pytest.raises(EOFError):
+        here.recv()

@@ -149,7 +149,7 @@ def test_a_length_that_comes_later_goes_on_from_what_is_kept(tmp_path: Path) -> 
     base = load_recipe(BASE, BRANCHED)
     shapes = data_shapes(base, prepare_text_tokenizer(base, tmp_path / "tokenizers", Console(quiet=True)))
     count(plan, {"few": shapes, "many": shapes})
-    work = Work(plan, tmp_path, 1, Console(quiet=True), Meter(tmp_path, Budget()), {})
+    work = Work(plan, tmp_path, 1, Console(quiet=True), Meter(tmp_path, Budget()), {}, 0)
     short, middle, long = sorted((r for r in plan.runs if r.model == "fine-few"), key=lambda r: r.steps)
     assert (trunk_of(work, short), trunk_of(work, middle), trunk_of(work, long)) == (None, short, middle)
     assert job_of(work, long).start == tmp_path / "runs" / middle.id / "checkpoints" / "step-16"

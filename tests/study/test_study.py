@@ -13,11 +13,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmoe.cli import app
-from vlmoe.config import load_recipe, to_mapping
+from vlmoe.config import Recipe, load_recipe, to_mapping
 from vlmoe.data.loader import held_out
+from vlmoe.data.text_tokenizer import TextTokenizer
 from vlmoe.evaluate.masked import losses
 from vlmoe.model.flops import Shape
-from vlmoe.study import compare
+from vlmoe.study import compare, run
 from vlmoe.study.collect import finished
 from vlmoe.study.declare import Budget, StudyError, load_study
 from vlmoe.study.declare import to_mapping as study_mapping
@@ -193,6 +194,29 @@ def test_a_study_goes_on_where_another_ended(launches: dict[str, Any], tmp_path:
     assert f"4 runs are those of {launches['out']}" in (tmp_path / "longer" / "study.md").read_text()
     made = {path.name for path in (tmp_path / "longer" / "runs").iterdir()}
     assert made == {"dense-w32-d2-9-seed0", "other-9-seed0", "fine-9-seed0"}
+
+
+def test_all_seeds_are_charged_by_the_batches_of_one(
+    launches: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizers of other seeds cut texts to other lengths, and a model would have two prices in one table."""
+    folder, report = tmp_path / "earlier", launches["second report"]
+    folder.mkdir()
+    assert report["counted_seed"] == 0
+    seeds: list[int] = []
+
+    def noted(base: Recipe, folder: Path, seed: int, console: Console) -> TextTokenizer:
+        seeds.append(seed)
+        raise StudyError("enough is known")
+
+    monkeypatch.setattr(run, "text_tokenizer", noted)
+    for about in ({}, {"counted_seed": 7}):
+        old = {key: value for key, value in report.items() if key != "counted_seed"}
+        (folder / "study.json").write_text(json.dumps(old | about))
+        later = load_study(str(launches["file"]), ["seeds=[3]", f"extends={folder}"])
+        with pytest.raises(StudyError, match="enough"):
+            run.study(later, tmp_path / "later", console=Console(quiet=True))
+    assert seeds == [0, 7]
 
 
 def test_runs_are_done_again_at_another_rate_or_where_tasks_start_from_them(launches: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -163,6 +164,8 @@ def make_loader(
     a UserError.
     """
 
+    server = (context or multiprocessing.get_start_method()) == "forkserver"
+
     def open_at(n: int) -> DataLoader[object]:
         return DataLoader(
             _Guarded(dataset),
@@ -171,7 +174,7 @@ def make_loader(
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.device(device).type == "cuda",
-            worker_init_fn=ready_worker if workers else None,
+            worker_init_fn=functools.partial(ready_worker, server=server) if workers else None,
             multiprocessing_context=context if workers else None,
         )
 

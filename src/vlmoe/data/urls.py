@@ -29,7 +29,7 @@ _VERSION = (  # what tells a file's states apart, as file systems call it, sures
     "ETag", "etag", "generation", "blob_id", "sha", "LastModified", "Last-Modified", "last_modified", "mtime", "modify",
     "modificationTime", "created",
 )  # fmt: skip
-_KEPT: dict[int, Any] = {}  # file systems, see `filesystem`
+_HELD: list[list[Any]] = []  # file systems that were there at a fork
 
 T = TypeVar("T")
 
@@ -194,13 +194,7 @@ def _stat(about: Mapping[str, Any]) -> Stat | None:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the path in it.
-
-    It is kept for good, also by processes that are forked from this one and cannot use it: let go of there, its session
-    would wait a second for the thread that served it, which lives in this process alone.
-
-    Raises UserError where its library is missing.
-    """
+    """fsspec's file system and the path in it. Raises UserError where its library is missing."""
     options: dict[str, Any] = {}
     with _library_of(url):
         if url.startswith(("http://", "https://")):
@@ -209,8 +203,20 @@ def filesystem(url: str) -> tuple[Any, str]:
             # its default ends every transfer after five minutes, however well it goes
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_QUIET)}
         files, path = fsspec.core.url_to_fs(url, **options)
-    _KEPT[id(files)] = files
     return files, path
+
+
+def _hold() -> None:
+    classes = [fsspec.AbstractFileSystem]
+    for each in classes:
+        classes += each.__subclasses__()
+    _HELD.append([files for each in classes for files in list(each._cache.values())])
+
+
+# A forked process cannot use the file systems made before, whoever made them, and fsspec lets go of them there: then
+# each session waits a second for the thread that served it, which did not come along. So a fork keeps them for good.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold, after_in_parent=lambda: _HELD.pop())
 
 
 def _load_library(url: str) -> None:

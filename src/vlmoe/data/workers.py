@@ -61,15 +61,17 @@ class _Children:
             self.waiting = False
 
 
-def ready_worker(worker: int) -> None:
-    """Called first in each worker: signals to the group pass it by, and it ends when its parent does."""
-    parent = os.getppid()
+def ready_worker(worker: int, server: bool = False) -> None:
+    """Called first in each worker: signals to the group pass it by, and it ends when its parent does. server: that is a
+    fork server, which ends when the run does."""
+    parent = multiprocessing.parent_process()
+    expected = os.getppid() if server or parent is None else parent.pid
     for s in STOP_SIGNALS:
         signal.signal(s, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if sys.platform == "linux":  # elsewhere the DataLoader's own watch ends it within seconds
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died just before
+        if os.getppid() != expected:  # it died before that
             os._exit(1)
     torch.set_num_threads(1)
 

@@ -31,6 +31,17 @@ def check(earlier: dict[str, Any], about: dict[str, Any]) -> None:
                 _same_keys(f"model {name}", {part: then[part]}, {part: now[part]}, where)
 
 
+def counted_seed(earlier: dict[str, Any]) -> int:
+    """The seed whose batches say what a token of each model costs, see `vlmoe.study.run`: another's would charge one
+    model two prices."""
+    return earlier.get("counted_seed", earlier["declared"]["seeds"][0])
+
+
+def searched_steps(earlier: dict[str, Any] | None) -> dict[str, int]:
+    """Of each world, how many steps' data the earlier study has compared with what is held out."""
+    return {world: found["steps"] for world, found in ((earlier or {}).get("duplicates") or {}).items()}
+
+
 def left_to_do(plan: Plan, earlier: dict[str, Any]) -> list[Run]:
     """Of a study's runs those that the report it extends does not hold, with their learning rate. Runs that tasks start
     from are among them: a report has no weights."""

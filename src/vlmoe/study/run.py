@@ -67,15 +67,15 @@ def study(
     for base in plan.bases.values():
         check_given(base, out)
     with lock_run(out):
-        shapes = {}
+        shapes, seed = {}, extend.counted_seed(earlier) if earlier else declared.seeds[0]
         for world, base in plan.bases.items():
-            folder = tokenizers(out, world, declared.seeds[0])
-            shapes[world] = data_shapes(base, text_tokenizer(base, folder, declared.seeds[0], console))
+            folder = tokenizers(out, world, seed)
+            shapes[world] = data_shapes(base, text_tokenizer(base, folder, seed, console))
         count(plan, shapes)
         if earlier is not None:
             extend.check(earlier, declared_part(plan))
             plan.runs = extend.left_to_do(plan, earlier)
-        work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, retry)
+        work = Work(plan, out, declared.jobs, console, Meter(out, declared.budget), shapes, seed, retry)
         shared, timed = tokenizer_jobs(work), measure_jobs(work)
         sweep, main = ([r for r in plan.runs if r.stage == stage] for stage in ("sweep", "main"))
         for job in [*shared, *timed, *(job_of(work, r) for r in (sweep or main))]:
@@ -90,7 +90,9 @@ def study(
         show_runs(work)
         if dry_run:
             return None
-        _run(work, [*duplicates_jobs(work).values()], "looking for held-out samples in training")
+        known = extend.searched_steps(earlier)
+        searches = [job for world, job in duplicates_jobs(work).items() if job.steps > known.get(world, 0)]
+        _run(work, searches, "looking for held-out samples in training")
         if sweep:
             _run(work, [job_of(work, r) for r in sweep], "learning rates")
             _choose_rates(work)
@@ -126,8 +128,8 @@ def _report(work: Work, earlier: dict[str, Any] | None) -> dict[str, Any]:
     }
     about = declared_part(work.plan) | {
         "sweep": sweep, "notes": work.notes,
-        "duplicates": duplicates_of(work),
-        "padding": _padding(work), "shapes": mean_shapes([batch for s in work.shapes.values() for batch in s]),
+        "duplicates": duplicates_of(work), "counted_seed": work.seed, "padding": _padding(work),
+        "shapes": mean_shapes([batch for s in work.shapes.values() for batch in s]),
         "hours_used": work.meter.seconds / 3600, "jobs": work.jobs_at_a_time,
         "machine": machine(pick_device(base.train.device)) | {"threads": 1}, "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

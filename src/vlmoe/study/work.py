@@ -28,8 +28,8 @@ OVERHEAD = 12.0  # seconds that a run's process takes besides training, until ru
 
 @dataclass
 class Work:
-    """A study under way. shapes: of each world's batches. rates: side -> the sweep's best. notes: what a reader must
-    know."""
+    """A study under way. shapes: of each world's batches under `seed`, which say what a token of each model costs, for
+    all seeds alike. rates: side -> the sweep's best. notes: what a reader must know."""
 
     plan: Plan
     out: Path
@@ -37,6 +37,7 @@ class Work:
     console: Console
     meter: Meter
     shapes: dict[str, list[list[Shape]]]
+    seed: int
     retry: bool = False
     rates: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -101,15 +102,15 @@ def measure_jobs(work: Work) -> list[Job]:
 
 
 def duplicates_jobs(work: Work) -> dict[str, Job]:
-    """One for each world: the longest run's data under the first seed against what is held out. None where runs see no
+    """One for each world: the longest run's data under one seed against what is held out. None where runs see no
     pairs."""
-    jobs, seed = {}, work.plan.study.seeds[0]
+    jobs = {}
     for world, base in work.plan.bases.items():
         steps = max((r.steps for r in work.plan.runs if work.plan.model(r).world.name == world), default=0)
         if base.data.batch.pair and steps:
             name = f"{world}-{steps}" if world else str(steps)
-            spec = {"kind": "duplicates", "steps": steps, "recipe": recipe_mapping(seeded(base, seed))}
-            jobs[world] = Job(f"duplicates-{name}", work.out / "duplicates" / name, spec)
+            spec = {"kind": "duplicates", "steps": steps, "recipe": recipe_mapping(seeded(base, work.seed))}
+            jobs[world] = Job(f"duplicates-{name}", work.out / "duplicates" / name, spec, steps=steps)
     return jobs
 
 
@@ -119,7 +120,7 @@ def duplicates_of(work: Work) -> dict[str, Any]:
     for world, job in duplicates_jobs(work).items():
         if job.done and job.spec is not None:
             splits = {split: shares for split, shares in job.read().items() if isinstance(shares, dict)}
-            found[world] = {"seed": work.plan.study.seeds[0], "steps": job.spec["steps"], "splits": splits}
+            found[world] = {"seed": work.seed, "steps": job.spec["steps"], "splits": splits}
     return found
 
 
