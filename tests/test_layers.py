@@ -15,12 +15,13 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"metrics"},
     "model": {"moe"},
     "tasks": {"model", "data", "moe", "metrics"},
-    "train": {"tasks", "data", "model", "moe", "metrics"},
+    "train": {"distributed", "tasks", "data", "model", "moe", "metrics"},
     "evaluate": {"tasks", "data", "model", "moe", "metrics"},
     "interpret": {"train", "evaluate", "tasks", "data", "model", "moe"},
     "study": {"train", "evaluate", "tasks", "data", "model", "moe"},
-    "cli": {"interpret", "study", "train", "evaluate", "tasks", "data", "model", "moe"},
+    "cli": {"interpret", "study", "train", "distributed", "evaluate", "tasks", "data", "model", "moe"},
     "__init__": {"tasks"},  # the public name `vlmoe.load`
+    "__main__": {"cli"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

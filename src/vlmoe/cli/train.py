@@ -56,6 +56,7 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
 
     Ends with held-out scores, completions in words and pictures, all in the run's folder.
     """
+    from vlmoe.distributed import is_first
     from vlmoe.evaluate.report import evaluate_run, print_report
     from vlmoe.train.pretrain import pretrain as run
 
@@ -63,6 +64,8 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None) -> None:
     result = run(plan)
     if result.stopped_by is not None:  # the signal's number, by the shell's convention
         raise typer.Exit(128 + result.stopped_by)
+    if not is_first():
+        return
     print_report(evaluate_run(Path(plan.run.dir)), Path(plan.run.dir))
     _judge(result)
 
@@ -85,6 +88,7 @@ def finetune(
 
     Keeps the weights that validated best, and ends with the scores on every split.
     """
+    from vlmoe.distributed import is_first
     from vlmoe.evaluate.downstream import evaluate_task, print_task_report
     from vlmoe.tasks.export import load
     from vlmoe.train.finetune import finetune as run
@@ -94,6 +98,8 @@ def finetune(
     result = run(plan)
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
+    if not is_first():
+        return
     folder = Path(plan.run.dir)
     print_task_report(evaluate_task(folder, progress=True), folder)
     _judge(result)

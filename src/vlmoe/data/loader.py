@@ -115,11 +115,13 @@ class _Guarded(Dataset[object]):
 class StepLoader:
     """Iterates over steps; see `make_loader`. Stopping early, by `break` or an exception, ends the workers."""
 
-    def __init__(self, open_at: Callable[[int], DataLoader[object]], start: int, stop: int, lost: Lost) -> None:
-        self.open_at, self.start, self.stop, self.lost = open_at, start, stop, lost
+    def __init__(
+        self, open_at: Callable[[int], DataLoader[object]], start: int, stop: int, lost: Lost, every: int = 1
+    ) -> None:
+        self.open_at, self.start, self.stop, self.lost, self.every = open_at, start, stop, lost, every
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(range(self.start, self.stop, self.every))
 
     def __iter__(self) -> Iterator[Step]:
         n = self.start
@@ -130,7 +132,7 @@ class StepLoader:
                     if isinstance(item, UserError):
                         raise item
                     assert isinstance(item, Step)
-                    n += 1
+                    n += self.every
                     yield item
             except WorkerLostError as error:
                 losses = [*(m for m in losses if m > n - LOST_WITHIN), n]
@@ -155,8 +157,10 @@ def make_loader(
     device: torch.device | str = "cpu",
     context: str | None = None,
     lost: Lost = _say_lost,
+    every: int = 1,
 ) -> StepLoader:
-    """Steps `start` to `stop` - 1 of a dataset, prepared ahead by `workers` processes (0: in this one).
+    """Steps `start` to `stop` - 1 of a dataset, prepared ahead by `workers` processes (0: in this one). every: only
+    each so manieth one, as other processes take the rest.
 
     Memory is pinned when `device` is a CUDA device. context: fork, spawn or forkserver; None is Python's default.
     Workers ignore the signals that end a run, see `vlmoe.data.workers`. One that dies is replaced, and `lost` is called
@@ -170,7 +174,7 @@ def make_loader(
         return DataLoader(
             _Guarded(dataset),
             batch_size=None,
-            sampler=range(n, stop),
+            sampler=range(n, stop, every),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.device(device).type == "cuda",
@@ -178,7 +182,7 @@ def make_loader(
             multiprocessing_context=context if workers else None,
         )
 
-    return StepLoader(open_at, start, max(start, stop), lost)
+    return StepLoader(open_at, start, max(start, stop), lost, every)
 
 
 def held_out(

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 PATIENCE = 200  # samples drawn before a share means anything
 
 
+def drawn_of(step: Step) -> int:
+    return step.drawn + step.lost
+
+
+def bad_of(step: Step) -> int:
+    return len(step.bad) + step.lost
+
+
 class BadBudget:
     """Counts samples drawn and samples skipped over a run. Of a lost shard all samples count, as far as known.
 
@@ -28,18 +36,26 @@ class BadBudget:
         self.last = ("", "")
 
     def add(self, step: Step) -> None:
-        """Count one micro-batch. Raises UserError when too many samples are bad."""
-        self.drawn += step.drawn + step.lost
-        self.bad += len(step.bad) + step.lost
-        if step.bad:
-            self.last = step.bad[-1]
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    for key, reason in step.bad:
-                        line = {"step": self.steps, "key": key, "reason": reason}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.steps += 1
+        """Write down and count one micro-batch. Raises UserError when too many samples are bad."""
+        self.write(step, self.steps)
+        self.count(drawn_of(step), bad_of(step))
+
+    def write(self, step: Step, number: int) -> None:
+        """A line for each bad sample of micro-batch `number`."""
+        if not step.bad:
+            return
+        self.last = step.bad[-1]
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                for key, reason in step.bad:
+                    file.write(json.dumps({"step": number, "key": key, "reason": reason}, ensure_ascii=False) + "\n")
+
+    def count(self, drawn: int, bad: int, micro_batches: int = 1) -> None:
+        """Count samples of so many micro-batches. Raises UserError when too many are bad."""
+        self.drawn += drawn
+        self.bad += bad
+        self.steps += micro_batches
         if self.drawn >= PATIENCE:
             self._judge()
 

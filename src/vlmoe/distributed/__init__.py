@@ -2,6 +2,9 @@
 
 from vlmoe.distributed.dispatcher import PeerDispatcher
 from vlmoe.distributed.mesh import Mesh, make_mesh
+from vlmoe.distributed.ranks import Ranks, is_first, joined
 from vlmoe.distributed.sharding import ExpertShard, deal_experts, shard
 
-__all__ = ["ExpertShard", "Mesh", "PeerDispatcher", "deal_experts", "make_mesh", "shard"]
+__all__ = [
+    "ExpertShard", "Mesh", "PeerDispatcher", "Ranks", "deal_experts", "is_first", "joined", "make_mesh", "shard",
+]  # fmt: skip

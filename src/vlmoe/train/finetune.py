@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from vlmoe.config import FinetuneRecipe, UserError
 from vlmoe.data.check_recipe import MOST_CUT, MOST_UNKNOWN
 from vlmoe.data.downstream.example import Examples
 from vlmoe.data.downstream.loader import EvalData, TrainData, count_of, open_split, splits_of
+from vlmoe.distributed import Ranks, joined
 from vlmoe.model.device import pick_device
 from vlmoe.tasks.answer import answer_all
 from vlmoe.tasks.base import Task
@@ -25,7 +27,7 @@ from vlmoe.tasks.registry import READS, build_task, collate_of
 from vlmoe.train import checkpoint
 from vlmoe.train.given import check_given_files
 from vlmoe.train.judge import Validation
-from vlmoe.train.loop import TrainResult, train
+from vlmoe.train.loop import TrainResult, check_ranks, train
 from vlmoe.train.pretrain import MODEL, TOKENIZERS
 from vlmoe.train.runlog import CHECKPOINTS, lock_run
 
@@ -42,9 +44,14 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
     Raises UserError: the run to start from is no model or does not fit, the task's data is unusable, and all that
     `train` raises.
     """
-    console = console or Console()
-    run_dir = Path(recipe.run.dir)
     device = pick_device(recipe.train.device)
+    with joined(device) as ranks:
+        return _finetune(recipe, device, ranks, console or Console(quiet=not ranks.first))
+
+
+def _finetune(recipe: FinetuneRecipe, device: torch.device, ranks: Ranks, console: Console) -> TrainResult:
+    run_dir = Path(recipe.run.dir)
+    check_ranks(recipe.train, ranks.world)
     start = load(recipe.init)
     unseen = _fits(recipe, start)
     examples = open_split(recipe, "train")
@@ -52,11 +59,12 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
     judged = open_split(recipe, first, examples.labels or None)
     check_given_files(recipe.data)
     recipe = with_steps(recipe, examples)
-    with lock_run(run_dir):
+    with lock_run(run_dir) if ranks.first else nullcontext():
         found = checkpoint.newest(run_dir / CHECKPOINTS)
         if found is not None:
             checkpoint.check_recipe(found, recipe)
-        start.text_tokenizer.save(run_dir / TOKENIZERS)
+        if ranks.first:
+            start.text_tokenizer.save(run_dir / TOKENIZERS)
         torch.manual_seed(recipe.seed)
         task = build_task(recipe, examples.labels, start.text_tokenizer)
         if not recipe.train.scratch:
@@ -84,7 +92,7 @@ def finetune(recipe: FinetuneRecipe, console: Console | None = None) -> TrainRes
         for part in unseen:
             console.print(f"{recipe.init} has seen no {part}: what reads them starts from random weights", markup=False)
         result = train(recipe, task, TrainData(recipe, examples, collate), run_dir, validation)
-        if not result.stopped:
+        if not result.stopped and ranks.first:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL, examples.labels)
     return result
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from vlmoe.data.batch import Batch
-from vlmoe.tasks.base import StepOutput, Task
+from vlmoe.distributed import Ranks
+from vlmoe.tasks.base import StepOutput
 from vlmoe.tasks.pretrain import balance_beyond_passes
 
 
@@ -19,17 +23,28 @@ class StepRecord:
     """What the micro-batches of a step reported.
 
     outputs: without what holds gradients. records: by micro-batch, name -> scalar on the device; their mean is the
-    step's. load: "block/modality" -> (E,) choices of each expert in the step.
+    step's. Both are this process's until `gathered`. load: "block/modality" -> (E,) choices of each expert in the step.
+    loss: the step's, a float64 scalar on the device.
     """
 
     outputs: list[StepOutput] = field(default_factory=list)
     records: list[dict[str, Tensor]] = field(default_factory=list)
     load: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
-    @property
-    def loss(self) -> Tensor:
-        """The step's, a float64 scalar on the device."""
-        return torch.stack([record["loss"] for record in self.records]).double().mean()
+    def gathered(self, ranks: Ranks) -> StepRecord:
+        """With the reports of all processes. Waits for the device where there are several."""
+        if ranks.world == 1:
+            return self
+        device = self.loss.device
+
+        def moved(place: torch.device, found: Any) -> Any:
+            return tree_map_only(Tensor, lambda t: t.detach().to(place), found)
+
+        own = [[o.layers, o.load, record] for o, record in zip(self.outputs, self.records, strict=True)]
+        of_all = moved(device, ranks.gather(moved(torch.device("cpu"), own)))
+        outputs = [StepOutput({}, layers=layers, load=load) for layers, load, _ in of_all]
+        return replace(self, outputs=outputs, records=[record for _, _, record in of_all])
 
     def note(self, name: str, value: Tensor) -> None:
         """A scalar that is the whole step's."""
@@ -48,27 +63,37 @@ class StepRecord:
 
 
 def accumulate(
-    task: Task,
+    model: nn.Module,
     micro_batches: Iterator[dict[str, Batch]] | list[dict[str, Batch]],
     predictions: Mapping[str, int],
     seeds: list[int],
     autocast: torch.autocast,
+    ranks: Ranks,
 ) -> StepRecord:
     """Add the gradient of a step's loss to the parameters'.
 
-    predictions: of the whole step, as of `Task.predictions`. seeds: a generator's for each micro-batch.
+    model: the task, as `Ranks.join` gives it. micro_batches: this process's. predictions: of the whole step, as of
+    `Task.predictions`. seeds: a generator's for each of these micro-batches.
     """
-    step, count = StepRecord(), len(seeds)
-    for batches, seed in zip(micro_batches, seeds, strict=True):
+    step, count = StepRecord(), len(seeds) * ranks.world
+    over_all = (lambda x: ranks.sum([x])[0]) if ranks.world > 1 else None
+    for i, (batches, seed) in enumerate(zip(micro_batches, seeds, strict=True), 1):
         torch.manual_seed(seed)
-        with autocast:
-            output = task(batches)
-        loss = output.loss_in_step(predictions, count)
-        loss = loss + balance_beyond_passes(output.spans, step.load, sum_over_devices()) / count
-        loss.backward()
+        with ranks.apart(model) if i < len(seeds) else nullcontext():
+            with autocast:
+                output: StepOutput = model(batches)
+            loss = output.loss_in_step(predictions, count)
+            loss = loss + balance_beyond_passes(output.spans, step.load, over_all) / count
+            loss.backward()
         step.outputs.append(replace(output, losses={}, spans={}))
         step.records.append({"loss": loss.detach() * count, **output.metrics})
         step.load = _added([step.load, output.load])
+    losses = torch.stack([record["loss"] for record in step.records]).double()
+    if ranks.world == 1:
+        step.loss = losses.mean()
+    else:
+        loss, *loads = ranks.sum([losses.sum(), *step.load.values()])
+        step.loss, step.load = loss / count, dict(zip(step.load, loads, strict=True))
     return step
 
 
@@ -76,20 +101,6 @@ def seed_of(seed: int, micro_step: int) -> int:
     """The generator's seed in one micro-step: far apart for neighbouring steps and seeds."""
     digest = hashlib.blake2b(f"{seed}/{micro_step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def sum_over_devices() -> Callable[[Tensor], Tensor] | None:
-    """A sum over all processes of a distributed run, or None when there is one."""
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-
-    def total(values: Tensor) -> Tensor:
-        dist.all_reduce(values)
-        return values
-
-    return total
 
 
 def _added(loads: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -102,6 +102,17 @@ class Journal:
         for clock in (self.launched, self.lap):
             clock.began += seconds
 
+    def close(self) -> None:
+        self.log.close()
+
+    def sizes(self) -> dict[str, int]:
+        """Of the logs in bytes, for the checkpoint."""
+        return self.log.sizes()
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        """Go back to a checkpoint with the logs, too."""
+        self.log.rewind(sizes)
+
     def plot(self) -> None:
         from vlmoe.train import plots  # matplotlib is slow to import
 
@@ -112,3 +123,40 @@ class Journal:
             return
         if any(drawn):
             self.say("plots: " + ", ".join(str(path) for path in drawn if path))
+
+
+class SilentJournal(Journal):
+    """Of a process that is not the run's first: it keeps clocks and nothing else."""
+
+    def open(self, state: State, dtype: torch.dtype) -> None:
+        return
+
+    def event(self, kind: str, **details: Any) -> None:
+        return
+
+    def act(self, kind: str, *, step: int, cause: str, **details: Any) -> None:
+        return
+
+    def metrics(self, step: int, seconds_before: float, values: dict[str, float]) -> None:
+        self.lap = Clock()
+
+    def routing(
+        self, step: int, load: dict[str, Tensor], watched: dict[str, dict[str, float]], warnings: list[str]
+    ) -> None:
+        return
+
+    def validation(self, step: int, judged: Judged, so_far: Validation, seconds: float) -> None:
+        for clock in (self.launched, self.lap):
+            clock.began += seconds
+
+    def close(self) -> None:
+        return
+
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        return
+
+    def plot(self) -> None:
+        return

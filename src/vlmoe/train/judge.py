@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlmoe.distributed import Ranks
 from vlmoe.metrics import Score
 from vlmoe.tasks.base import Task
 from vlmoe.train import checkpoint
@@ -54,18 +55,23 @@ class Validation:
         """Whether a run of `last` steps is judged after this one."""
         return step % self.every == 0 or step == last
 
-    def judge(self, task: Task, step: int, folder: Path) -> Judged:
-        """Score the task, and keep its weights in the folder when it was never better. It is in training mode then."""
-        task.eval()
-        found = self.score(task)
-        task.train()
-        judged = found if isinstance(found, Judged) else Judged(found)
+    def judge(self, task: Task, step: int, folder: Path, ranks: Ranks) -> Judged:
+        """Score the task, and keep its weights in the folder when it was never better. It is in training mode then. The
+        first process does both; the others take its word."""
+        judged = ranks.told(self._judged(task) if ranks.first else None)
+        assert judged is not None
         self.misses += 1
         if judged.score > self.best:
             self.best, self.best_step, self.misses = judged.score, step, 0
-            if self.keep_best:
+            if self.keep_best and ranks.first:
                 checkpoint.save_weights(folder, task)
         return judged
+
+    def _judged(self, task: Task) -> Judged:
+        task.eval()
+        found = self.score(task)
+        task.train()
+        return found if isinstance(found, Judged) else Judged(found)
 
     def take_best(self, task: Task, folder: Path) -> None:
         """Give the task the weights of the best score, if any were kept."""

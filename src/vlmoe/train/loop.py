@@ -12,16 +12,19 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlmoe.config import FinetuneRecipe, Recipe, TrainConfig, UserError, to_mapping
 from vlmoe.data.batch import Batch
 from vlmoe.data.loader import Step
+from vlmoe.distributed import Ranks
 from vlmoe.model.device import pick_device, pick_precision
 from vlmoe.moe import SoftMoELayer
 from vlmoe.tasks.base import Task
@@ -30,7 +33,7 @@ from vlmoe.train.allocator import keep_freed_memory
 from vlmoe.train.feed import Feed
 from vlmoe.train.gradients import StepRecord, accumulate, seed_of
 from vlmoe.train.guard import Guard
-from vlmoe.train.journal import Journal
+from vlmoe.train.journal import Journal, SilentJournal
 from vlmoe.train.judge import Validation
 from vlmoe.train.optim import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from vlmoe.train.progress import Display
@@ -87,18 +90,22 @@ def train(
     task: freshly initialised from the recipe's seed; it holds the trained weights afterwards, with a validation those
     of the best one. dataset: item n is the n-th micro-batch. disturb: called before each micro-step with its number,
     to put faults into a run. run_dir: gets checkpoints/, the logs of `runlog`, skipped.jsonl and, at the end,
-    curves.png and routing.png.
+    curves.png and routing.png. Where `torch.distributed` is set up, all its processes must call this: they share the
+    micro-batches of each step, and the first one writes the folder.
 
     Raises:
-        UserError: the folder is in use or cannot be written, a checkpoint is damaged or of another recipe, too many
-            samples are bad, the loss is not finite, or memory is short.
+        UserError: `train.accumulate` is no multiple of the number of processes, the folder is in use or cannot be
+            written, a checkpoint is damaged or of another recipe, too many samples are bad, the loss is not finite, or
+            memory is short.
     """
     run_dir = Path(run_dir)
     device = pick_device(recipe.train.device)
     if device.type == "cpu":
         keep_freed_memory()
-    with lock_run(run_dir):
-        return Trainer(recipe, task, dataset, run_dir, device, validation, disturb).run()
+    ranks = Ranks()
+    check_ranks(recipe.train, ranks.world)
+    with lock_run(run_dir) if ranks.first else nullcontext():
+        return Trainer(recipe, task, dataset, run_dir, device, validation, disturb, ranks).run()
 
 
 class Trainer:
@@ -113,14 +120,17 @@ class Trainer:
         device: torch.device,
         validation: Validation | None = None,
         disturb: Callable[[Trainer, int], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.disturb = disturb
+        self.disturb, self.ranks = disturb, ranks or Ranks()
         self.recipe, self.config, self.run_dir, self.device = recipe, recipe.train, run_dir, device
         self.dtype = pick_precision(self.config.precision, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         self.folder = run_dir / CHECKPOINTS
         self.validation = validation
-        checkpoint.sweep(self.folder)
+        with self.ranks.first_alone():
+            if self.ranks.first:
+                checkpoint.sweep(self.folder)
         self.task = task.to(device).train()
         self.task.prepare(device)
         self.optimizer = make_optimizer(self.task, self.config)
@@ -129,12 +139,12 @@ class Trainer:
         if found is not None:
             checkpoint.check_recipe(found, recipe)
             self.state = checkpoint.restore(found, self.task, self.optimizer)
-            # an earlier launch may have died before it could
-            checkpoint.prune(self.folder, self.config.keep, self.config.keep_at)
+            if self.ranks.first:  # an earlier launch may have died before it could
+                checkpoint.prune(self.folder, self.config.keep, self.config.keep_at)
         if self.validation is not None:
             for name, value in self.state.validation.items():
                 setattr(self.validation, name, value)
-        self.feed = Feed(recipe, self.task, dataset, run_dir, device, self.state.bad)
+        self.feed = Feed(recipe, self.task, dataset, run_dir, device, self.state.bad, self.ranks)
         self.routed = self.task.routed_layers()
         self.watch = Watch(self.task, self.config.watch_every, device, self.state.watch)
         guard = self.config.guard
@@ -146,10 +156,13 @@ class Trainer:
         self.resumed_from = self.saved_step = self.state.step
         if self.config.compile:
             self.task.compile()
+        self.model = self.ranks.join(self.task)
 
     def run(self) -> TrainResult:
-        with Display(self.recipe.name, self.state.step, self.config.steps) as display:
-            self.journal = Journal(self.recipe, self.run_dir, self.device, display)
+        console = None if self.ranks.first else Console(quiet=True)
+        with Display(self.recipe.name, self.state.step, self.config.steps, console) as display:
+            journal = Journal if self.ranks.first else SilentJournal
+            self.journal = journal(self.recipe, self.run_dir, self.device, display)
             if self._ended():
                 self._take_best()
                 at = f"already at step {self.state.step} of {self.config.steps}"
@@ -165,7 +178,7 @@ class Trainer:
                 hint = "make data.batch smaller and train.accumulate larger, or set model.recompute=true"
                 raise UserError(f"out of memory in step {self.state.step + 1}: {first}\n{hint}") from None
             finally:
-                self.journal.log.close()
+                self.journal.close()
             result = self._result(stopped_by)
             if stopped_by is None:
                 self._take_best()
@@ -188,7 +201,9 @@ class Trainer:
         with StopRequest() as stop:
             self._open_data()
             self.journal.start_clocks()
-            while not self._ended() and stop.number is None:
+            stopped_by = 0
+            # a signal to one process ends all of them after the same step
+            while not self._ended() and not (stopped_by := self.ranks.most(stop.number or 0)):
                 self._step()  # whole or, by an exception, the end: nothing is saved of a part of one
                 if self.data_moved:
                     self._open_data()
@@ -203,7 +218,7 @@ class Trainer:
             if self.guard is not None and self.guard.memory.held_back_in_all:
                 held_back = self.guard.memory.held_back_in_all
                 self.journal.event("held back in all", step=self.state.step, updates=held_back)
-            return None if complete else stop.number
+            return None if complete else stopped_by
 
     def _open_data(self) -> None:
         """From the next micro-batch on, as many as the steps that are left."""
@@ -241,8 +256,11 @@ class Trainer:
         self.task.measuring = logged or looked_at or self.guard is None  # without it, an error lists them
         batches = self.feed.next()
         self.journal.fed(batches.tokens, batches.waited)
-        seeds = [seed_of(self.recipe.seed, self.state.micro_step + i) for i in range(config.accumulate)]
-        found = accumulate(self.task, self._shown(batches.micro_batches), batches.predictions, seeds, self.autocast)
+        seeds = [seed_of(self.recipe.seed, self.state.micro_step + i) for i in self.ranks.mine(config.accumulate)]
+        shown = self._shown(batches.micro_batches)
+        found = accumulate(self.model, shown, batches.predictions, seeds, self.autocast, self.ranks)
+        if self.task.measuring:
+            found = found.gathered(self.ranks)
         found.note("grad_norm", clip_gradients(self.task, config.clip))
         self.watch.count(found.load)
         watched = self.watch.look(found.outputs) if looked_at else {}
@@ -266,7 +284,7 @@ class Trainer:
 
     def _shown(self, micro_batches: list[dict[str, Batch]]) -> Iterator[dict[str, Batch]]:
         """The same, each shown to the instruments, and to what disturbs the run, right before its forward pass."""
-        for i, batches in enumerate(micro_batches):
+        for i, batches in zip(self.ranks.mine(self.config.accumulate), micro_batches, strict=True):
             self.watch.see(batches)
             if self.disturb is not None:
                 self.disturb(self, self.state.micro_step + i)
@@ -298,7 +316,7 @@ class Trainer:
         restored = checkpoint.restore(found, self.task, self.optimizer)
         self.guard.rolled_back(restored.guard, step)
         self.state.step = self.saved_step = restored.step
-        self.journal.log.rewind(restored.logs)
+        self.journal.rewind(restored.logs)
         cause = f"{verdict.roll_back}; the data since then is left out"
         self.journal.act("rolled back", step=step, cause=cause, to=restored.step)
         self.data_moved = True
@@ -313,10 +331,11 @@ class Trainer:
         if v is None or not v.due(step, self.config.steps):
             return
         began = time.perf_counter()
-        judged = v.judge(self.task, step, self.run_dir / BEST)
+        judged = v.judge(self.task, step, self.run_dir / BEST, self.ranks)
         self.journal.validation(step, judged, v, time.perf_counter() - began)
 
     def _take_best(self) -> None:
+        self.ranks.wait()  # for the first one to have written them
         if self.validation is not None:
             self.validation.take_best(self.task, self.run_dir / BEST)
 
@@ -330,10 +349,14 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """A checkpoint of the last whole step, unless it has one."""
+        """A checkpoint of the last whole step, unless it has one. Any process could write it; the first one does."""
         if self.state.step == self.saved_step:
             return
         self.optimizer.zero_grad(set_to_none=True)
+        self.saved_step = self.state.step
+        if not self.ranks.first:
+            self.ranks.wait()
+            return
         state = checkpoint.State(
             step=self.state.step,
             micro_step=self.state.micro_step,
@@ -341,15 +364,15 @@ class Trainer:
             loss=self._loss(),
             recipe=to_mapping(self.recipe),
             bad=self.feed.budget.state_dict(),
-            logs=self.journal.log.sizes(),
+            logs=self.journal.sizes(),
             machine=machine(self.device),
             validation=self.validation.record() if self.validation is not None else {},
             guard=copy.deepcopy(self.guard.state) if self.guard is not None else {},
             watch=self.watch.state(),
         )
         path = checkpoint.save(self.folder, state, self.task, self.optimizer, self.config.keep, self.config.keep_at)
-        self.saved_step = self.state.step
         self.journal.event("checkpoint", step=self.state.step, path=str(path.relative_to(self.run_dir)))
+        self.ranks.wait()
 
     def _loss(self) -> float | None:
         """Of the last step, read from the device; None when it was no number, or there was none."""
@@ -364,6 +387,16 @@ class Trainer:
         held_back = self.guard.memory.held_back_in_all if self.guard is not None else 0
         return TrainResult(
             self.state.step, seconds, speed, wait_share, self._loss(), stopped_by, self.resumed_from, held_back
+        )
+
+
+def check_ranks(config: TrainConfig, world: int) -> None:
+    """A step is made of whole micro-batches, the same number for each process. Raises UserError."""
+    if config.accumulate % world:
+        raise UserError(
+            f"key 'train.accumulate': got {config.accumulate} micro-batches a step for {world} processes, expected a "
+            f"multiple of {world}: {world}, {2 * world}, {3 * world}, ... What a step learns from is the same with any "
+            "number of processes; to keep its size, make data.batch smaller by as much"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vlmoe.data.loader import StepData, held_out, make_loader
 from vlmoe.data.text_tokenizer import DESCRIPTION, TextTokenizer, build_text_tokenizer, load_text_tokenizer
 from vlmoe.data.visual_tokenizer import VisualTokenizer, VQTokenizer
 from vlmoe.data.visual_training import train_vq
+from vlmoe.distributed import Ranks, joined
 from vlmoe.model import describe
 from vlmoe.model.device import pick_device
 from vlmoe.model.parameters import sparse_layers
@@ -27,7 +29,7 @@ from vlmoe.tasks.upcycling import Upcycled, fill_experts
 from vlmoe.train import checkpoint
 from vlmoe.train.branch import branch_off
 from vlmoe.train.given import check_given
-from vlmoe.train.loop import TrainResult, train
+from vlmoe.train.loop import TrainResult, check_ranks, train
 from vlmoe.train.runlog import CHECKPOINTS, lock_run, note_event
 from vlmoe.train.validation import held_out_validation
 
@@ -44,9 +46,14 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     Raises UserError: a file or folder that the recipe names is not there, or the run to start from does not fit, both
     before run.dir is made; a tokenizer or the data cannot be used; and all that `train` raises.
     """
-    console = console or Console()
-    run_dir = Path(recipe.run.dir)
     device = pick_device(recipe.train.device)
+    with joined(device) as ranks:
+        return _pretrain(recipe, device, ranks, console or Console(quiet=not ranks.first))
+
+
+def _pretrain(recipe: Recipe, device: torch.device, ranks: Ranks, console: Console) -> TrainResult:
+    run_dir = Path(recipe.run.dir)
+    check_ranks(recipe.train, ranks.world)
     console.print(describe(recipe.name, recipe.model), highlight=False, markup=False)
     if dense := why_dense(recipe):
         console.print(dense, highlight=False, markup=False, soft_wrap=True, style="yellow")
@@ -55,21 +62,23 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
     if recipe.init and checkpoint.newest(run_dir / CHECKPOINTS) is None:
         start = load_pretrained(recipe.init)
         task, upcycled = _continued(start, recipe, console)  # before anything is written: it may not fit
-    with lock_run(run_dir):  # from here on: two launches must not train the same tokenizers either
-        found = checkpoint.newest(run_dir / CHECKPOINTS)
-        if found is None and recipe.branch_from:
-            found = branch_off(recipe, run_dir, [TOKENIZERS, STREAM])
-        if found is not None:  # before the tokenizers, which belong to the recipe as well
-            checkpoint.check_recipe(found, recipe)
-            start = None
-        if start is not None:
-            _take_tokenizers(start, recipe, run_dir / TOKENIZERS)
-        text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
-        visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
+    # from here on: two launches must not train the same tokenizers either
+    with lock_run(run_dir) if ranks.first else nullcontext():
+        with ranks.first_alone():
+            found = checkpoint.newest(run_dir / CHECKPOINTS)
+            if found is None and recipe.branch_from:
+                found = branch_off(recipe, run_dir, [TOKENIZERS, STREAM])
+            if found is not None:  # before the tokenizers, which belong to the recipe as well
+                checkpoint.check_recipe(found, recipe)
+                start = None
+            if start is not None:
+                _take_tokenizers(start, recipe, run_dir / TOKENIZERS)
+            text_tokenizer = prepare_text_tokenizer(recipe, run_dir / TOKENIZERS, console)
+            visual_tokenizer = prepare_visual_tokenizer(recipe, text_tokenizer, run_dir / TOKENIZERS, device, console)
         if start is not None:
             _check_tokenizers(start, text_tokenizer, visual_tokenizer)
             task.use(visual_tokenizer)  # the run to start from may have had none
-            if upcycled is not None:
+            if upcycled is not None and ranks.first:
                 note_event(run_dir, "upcycled", init=recipe.init, **vars(upcycled))
         else:
             torch.manual_seed(recipe.seed)
@@ -82,7 +91,7 @@ def pretrain(recipe: Recipe, console: Console | None = None) -> TrainResult:
         for line in data.warnings():
             console.print(line, highlight=False, markup=False, soft_wrap=True, style="yellow")
         result = train(recipe, task, data, run_dir, validation)
-        if not result.stopped:
+        if not result.stopped and ranks.first:
             export(task, recipe, run_dir / TOKENIZERS, run_dir / MODEL)
     return result
 
