@@ -8,10 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing
-
+from tests.distributed.processes import start
 from tests.train.toy import ToyData, ToyTask, toy_recipe, toy_task
 from vlmoe.config import UserError
 from vlmoe.tasks.base import Task
@@ -53,29 +50,18 @@ def losses(folder: Path) -> list[float]:
 
 def spawn(world: int, folder: Path) -> list[dict[str, Any]]:
     """What each process found."""
-    torch.multiprocessing.spawn(_process, (world, str(folder)), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return start(_found, world, folder)
 
 
-def _process(rank: int, world: int, where: str) -> None:
-    folder = Path(where)
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    found: dict[str, Any] = {}
+def _found(rank: int, world: int, folder: Path) -> dict[str, Any]:
     result, task = run(folder / "whole")
-    found["whole"] = vars(result), dict(task.state_dict())
+    found: dict[str, Any] = {"whole": (vars(result), dict(task.state_dict()))}
     if world == 2:
-        found |= _interrupted(folder)
+        stopped, _ = run(folder / "stopped", killed_once)
+        _, task = run(folder / "stopped")
+        found |= {"stopped": (stopped.stopped_by, stopped.steps), "resumed": dict(task.state_dict())}
     try:
         run(folder / "refused", accumulate=world + 1)
     except UserError as error:
         found["refused"] = str(error)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def _interrupted(folder: Path) -> dict[str, Any]:
-    stopped, _ = run(folder / "stopped", killed_once)
-    _, task = run(folder / "stopped")
-    return {"stopped": (stopped.stopped_by, stopped.steps), "resumed": dict(task.state_dict())}
+    return found

@@ -1,23 +1,22 @@
 """What the processes of the tests compute, and one process alone. Everything in float64, seeded, dropout off.
 
-`spawn(world, folder)` starts the processes; each writes what it found to `folder`.
+`spawn(world, folder)` starts the processes.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from tests.distributed.processes import start
 from tests.model.test_sizes import small, sparse
 from vlmoe.distributed import deal_experts, make_mesh, shard
 from vlmoe.distributed.collectives import exchange_rows
@@ -152,14 +151,10 @@ def gradients(module: nn.Module) -> Found:
 
 def spawn(world: int, folder: Path) -> list[dict[str, Found]]:
     """What each process found: name of a case or mesh -> tensors."""
-    torch.multiprocessing.spawn(_process, (world, str(folder)), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return start(_found, world, folder)
 
 
-def _process(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+def _found(rank: int, world: int, folder: Path) -> dict[str, Found]:
     found: dict[str, Found] = {}
     if world == 2:
         found["rows"] = _rows(rank)
@@ -172,8 +167,7 @@ def _process(rank: int, world: int, folder: str) -> None:
         net = Net()
         shard(net, make_mesh("cpu", dp, ep_size, experts=[4]), net.backbone.blocks)
         found[f"{dp}, {ep_size}"] = net.run(rank) | gradients(net)
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return found
 
 
 def _rows(rank: int) -> Found:

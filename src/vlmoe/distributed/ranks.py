@@ -20,6 +20,8 @@ from vlmoe.config import UserError
 
 LONGEST_WAIT = timedelta(hours=2)  # for another process: the first one trains tokenizers and validates alone
 
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # in the environment, beside WORLD_SIZE; torchrun's
+
 T = TypeVar("T")
 
 
@@ -125,11 +127,17 @@ def _add_up(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
 def joined(device: torch.device) -> Iterator[Ranks]:
     """The processes that torchrun started for this command, or this one alone. device: the run's.
 
-    Raises UserError when there are more processes on this machine than CUDA devices.
+    Raises UserError when there are more processes on this machine than CUDA devices, or the environment speaks of
+    several processes and does not say where they meet.
     """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
+    if missing := [name for name in NEEDED if name not in os.environ]:
+        raise UserError(
+            f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} and lacks {', '.join(missing)}: start several "
+            "processes by torchrun, or unset WORLD_SIZE for one"
+        )
     if device.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
