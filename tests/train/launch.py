@@ -55,6 +55,8 @@ def draw_nothing() -> None:
 def _launch(run_dir: str, moment: str, workers: int, settings: dict[str, Any]) -> None:
     os.setpgrp()  # a process group of its own, so that a Ctrl-C meant for it reaches nobody else
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a server that a study began holds them
+    for number in STOP_SIGNALS:  # and nohup, or a shell's background, lets all of the tests ignore some
+        signal.signal(number, signal.SIG_DFL)
     multiprocessing.set_start_method("fork", force=True)  # for data workers, not another fork server
     torch.set_num_threads(1)
     recipe = toy_recipe(run_dir, **settings)

@@ -53,6 +53,7 @@ class Feed:
         if skipped:
             self.budget.load_state_dict(skipped)
         self.source: Iterator[Step] = iter(())
+        self.number = ranks.rank  # of the next micro-batch that it gives
 
     def open(self, start: int, stop: int, lost: Callable[[int, str], None]) -> None:
         """Go on with this process's micro-batches from number `start` on, up to `stop`. lost: is told of each data

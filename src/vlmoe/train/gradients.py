@@ -30,7 +30,7 @@ class StepRecord:
     outputs: list[StepOutput] = field(default_factory=list)
     records: list[dict[str, Tensor]] = field(default_factory=list)
     load: dict[str, Tensor] = field(default_factory=dict)
-    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    loss: Tensor = None  # type: ignore[assignment]  # known at the end of the step
 
     def gathered(self, ranks: Ranks) -> StepRecord:
         """With the reports of all processes. Waits for the device where there are several."""
