@@ -45,7 +45,7 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
 def test_each_micro_batch_is_taken_once() -> None:
     ranks = Ranks()
     ranks.world = 3
-    taken = []
+    taken: list[int] = []
     for ranks.rank in range(3):
         taken += ranks.mine(6)
     assert sorted(taken) == list(range(6))
