@@ -159,8 +159,8 @@ def make_loader(
     lost: Lost = _say_lost,
     every: int = 1,
 ) -> StepLoader:
-    """Steps `start` to `stop` - 1 of a dataset, prepared ahead by `workers` processes (0: in this one). every: only
-    each so manieth one, as other processes take the rest.
+    """Steps `start` to `stop` - 1 of a dataset, prepared ahead by `workers` processes (0: in this one). every: the
+    distance from one to the next, where other processes of the run take those between.
 
     Memory is pinned when `device` is a CUDA device. context: fork, spawn or forkserver; None is Python's default.
     Workers ignore the signals that end a run, see `vlmoe.data.workers`. One that dies is replaced, and `lost` is called

@@ -99,6 +99,10 @@ class Ranks:
         parts = flat.split([value.numel() for value in values])
         return [part.view(value.shape).to(value.dtype) for part, value in zip(parts, values, strict=True)]
 
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of one tensor, see `sum`."""
+        return self.sum([value])[0]
+
     # ---------------------------------------------------------------------------------------------------- gradients
     def join(self, module: nn.Module) -> nn.Module:
         """What to call in the place of `module`, so that the backward pass adds the gradients of all processes up.

@@ -244,6 +244,6 @@ def balance_beyond_passes(
         if span.scope != "micro" and name in before:
             load_E = load_E + before[name]
         if span.scope == "global" and all_reduce is not None:
-            load_E = all_reduce(load_E.clone())
+            load_E = all_reduce(load_E)
         total = total + span.weight * balance_of(load_E, span.probability_E, span.tokens)
     return total

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -59,7 +58,7 @@ def _finetune(recipe: FinetuneRecipe, device: torch.device, ranks: Ranks, consol
     judged = open_split(recipe, first, examples.labels or None)
     check_given_files(recipe.data)
     recipe = with_steps(recipe, examples)
-    with lock_run(run_dir) if ranks.first else nullcontext():
+    with lock_run(run_dir, ranks.first):
         found = checkpoint.newest(run_dir / CHECKPOINTS)
         if found is not None:
             checkpoint.check_recipe(found, recipe)

@@ -76,24 +76,20 @@ def accumulate(
     `Task.predictions`. seeds: a generator's for each of these micro-batches.
     """
     step, count = StepRecord(), len(seeds) * ranks.world
-    over_all = (lambda x: ranks.sum([x])[0]) if ranks.world > 1 else None
     for i, (batches, seed) in enumerate(zip(micro_batches, seeds, strict=True), 1):
         torch.manual_seed(seed)
         with ranks.apart(model) if i < len(seeds) else nullcontext():
             with autocast:
                 output: StepOutput = model(batches)
             loss = output.loss_in_step(predictions, count)
-            loss = loss + balance_beyond_passes(output.spans, step.load, over_all) / count
+            loss = loss + balance_beyond_passes(output.spans, step.load, ranks.total) / count
             loss.backward()
         step.outputs.append(replace(output, losses={}, spans={}))
         step.records.append({"loss": loss.detach() * count, **output.metrics})
         step.load = _added([step.load, output.load])
-    losses = torch.stack([record["loss"] for record in step.records]).double()
-    if ranks.world == 1:
-        step.loss = losses.mean()
-    else:
-        loss, *loads = ranks.sum([losses.sum(), *step.load.values()])
-        step.loss, step.load = loss / count, dict(zip(step.load, loads, strict=True))
+    loss = torch.stack([record["loss"] for record in step.records]).double().sum()
+    loss, *loads = ranks.sum([loss, *step.load.values()])
+    step.loss, step.load = loss / count, dict(zip(step.load, loads, strict=True))
     return step
 
 

@@ -12,7 +12,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +103,7 @@ def train(
         keep_freed_memory()
     ranks = Ranks()
     check_ranks(recipe.train, ranks.world)
-    with lock_run(run_dir) if ranks.first else nullcontext():
+    with lock_run(run_dir, ranks.first):
         return Trainer(recipe, task, dataset, run_dir, device, validation, disturb, ranks).run()
 
 
@@ -128,9 +127,9 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         self.folder = run_dir / CHECKPOINTS
         self.validation = validation
-        with self.ranks.first_alone():
-            if self.ranks.first:
-                checkpoint.sweep(self.folder)
+        if self.ranks.first:
+            checkpoint.sweep(self.folder)
+        self.ranks.wait()
         self.task = task.to(device).train()
         self.task.prepare(device)
         self.optimizer = make_optimizer(self.task, self.config)

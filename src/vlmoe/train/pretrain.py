@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def _pretrain(recipe: Recipe, device: torch.device, ranks: Ranks, console: Conso
         start = load_pretrained(recipe.init)
         task, upcycled = _continued(start, recipe, console)  # before anything is written: it may not fit
     # from here on: two launches must not train the same tokenizers either
-    with lock_run(run_dir) if ranks.first else nullcontext():
+    with lock_run(run_dir, ranks.first):
         with ranks.first_alone():
             found = checkpoint.newest(run_dir / CHECKPOINTS)
             if found is None and recipe.branch_from:

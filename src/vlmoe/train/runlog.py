@@ -37,8 +37,9 @@ class RunError(UserError):
 
 
 @contextlib.contextmanager
-def lock_run(run_dir: Path) -> Iterator[None]:
+def lock_run(run_dir: Path, holder: bool = True) -> Iterator[None]:
     """Hold a run's folder against other processes; again by the same process is allowed and does nothing.
+    holder: False where another process of the same run holds it.
 
     The lock belongs to the process and not to the file left behind, so a process that dies, however, releases it. It
     is a POSIX record lock: unlike flock's it is not inherited, so a data worker that outlives a killed parent by some
@@ -48,7 +49,7 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         RunError: another process holds it, or the folder cannot be written.
     """
     path = (run_dir / LOCK).absolute()
-    if path in _held:
+    if not holder or path in _held:
         yield
         return
     try:
